@@ -1,0 +1,1 @@
+"""Encoders: what turns pictures and prompts into features. None of them knows nerfstudio."""

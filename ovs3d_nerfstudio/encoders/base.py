@@ -1,0 +1,141 @@
+"""The two interfaces that an encoder fulfils, and how one is chosen by name.
+
+An encoder knows nothing of nerfstudio. It is named by a *spec*, `NAME` or `NAME:OPTION`: NAME is an entry point of the
+group below, OPTION is handed to it as written (a model name, a local path…). A third party's package joins by declaring
+
+    [project.entry-points."ovs3d.image_text_encoders"]
+    my-encoder = "my_package:MyEncoder"
+
+and is then chosen as `--pipeline.image-text-encoder my-encoder:OPTION`, exactly like the built-in ones.
+Constructing an encoder must be cheap: towers load when they are first used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import torch
+import torchvision
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+IMAGE_TEXT_ENCODERS = "ovs3d.image_text_encoders"
+TOKEN_ENCODERS = "ovs3d.token_encoders"
+
+
+class EncoderError(ValueError):
+    """An encoder cannot be had as asked; the message is a sentence for the user."""
+
+
+def file_digest(path: Path) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a file, for fingerprints; read in pieces, as weights are large."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def reason(error: Exception) -> str:
+    """The first line of another package's message, cut to stand inside a sentence of ours."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+    return line if len(line) <= 200 else line[:200] + "…"
+
+
+class ImageTextEncoder(ABC):
+    """Embeds picture boxes and prompts in one space of unit vectors of width `dim`."""
+
+    input_size: int = 224
+    """Side in pixels of the square crops that `embed_crops` takes."""
+    batch_size: int = 64
+    """Crops embedded at once."""
+
+    def __init__(self, option: str, device: torch.device | str):
+        self.option = option
+        self.device = torch.device(device)
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Width `D` of the embedding, known without loading a tower."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies model, weights and preprocessing: two encoders that can differ in a value differ here."""
+
+    @abstractmethod
+    def embed_text(self, prompts: Sequence[str]) -> Float[Tensor, "C D"]:
+        """Unit embeddings of `prompts` on the CPU in float32; loads the text tower."""
+
+    def embed_boxes(
+        self, picture: UInt8[Tensor, "H W 3"], boxes: Float[Tensor, "B 4"], path: Path
+    ) -> Float[Tensor, "B D"]:
+        """Unit embeddings, one a box, on the CPU in float32; loads the image tower.
+
+        The default cuts the boxes out, resizes them to `input_size` on the device and calls `embed_crops`.
+
+        Args:
+            picture: the view's pixels.
+            boxes: left, top, right, bottom in pixels of `picture`, all of about one size (one scale of the pyramid).
+            path: where the picture was read from; for encoders that know more about a view than its pixels.
+        """
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
+        side = float((boxes[:, 2:] - boxes[:, :2]).max())
+        # One sample for every source pixel: without it a large crop shrunk to `input_size` would alias.
+        samples = max(1, round(side / self.input_size))
+        embeddings = []
+        for batch in boxes.to(self.device, torch.float32).split(self.batch_size):
+            crops = torchvision.ops.roi_align(pixels, [batch], self.input_size, sampling_ratio=samples, aligned=True)
+            embeddings.append(self.embed_crops(crops).float().cpu())
+        return torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
+
+    def embed_crops(self, crops: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
+        """Embeddings (of any length) of RGB crops in [0, 1] of side `input_size`, on the device."""
+        raise NotImplementedError(f"{type(self).__name__} must define embed_crops or embed_boxes")
+
+
+class TokenEncoder(ABC):
+    """Turns a picture into a grid of local features: DINO's patch tokens, or what stands in for them."""
+
+    def __init__(self, option: str, device: torch.device | str):
+        self.option = option
+        self.device = torch.device(device)
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies model, weights and preprocessing, as `ImageTextEncoder.fingerprint` does."""
+
+    @property
+    @abstractmethod
+    def stride(self) -> int:
+        """Side in input pixels of the square that one token stands for."""
+
+    @abstractmethod
+    def embed_picture(self, picture: UInt8[Tensor, "H W 3"]) -> Float[Tensor, "h w E"]:
+        """Tokens on the CPU in float32; token (i, j) stands for the (i, j)th of h × w equal parts of the picture."""
+
+
+def _choose(group: str, spec: str, device: torch.device | str):
+    name, _, option = spec.partition(":")
+    known = {entry.name: entry for entry in entry_points(group=group)}
+    if name not in known:
+        raise EncoderError(
+            f"There is no encoder '{name}' in the group {group}; choose one of: {', '.join(sorted(known))}."
+        )
+    return known[name].load()(option, device)
+
+
+def image_text_encoder(spec: str, device: torch.device | str = "cpu") -> ImageTextEncoder:
+    """The image-text encoder that `spec` names. Raises EncoderError with the known names when there is none."""
+    return _choose(IMAGE_TEXT_ENCODERS, spec, device)
+
+
+def token_encoder(spec: str, device: torch.device | str = "cpu") -> TokenEncoder:
+    """The token encoder that `spec` names. Raises EncoderError with the known names when there is none."""
+    return _choose(TOKEN_ENCODERS, spec, device)

