@@ -1,0 +1,105 @@
+"""The feature cache: one safetensors file a picture, found by content, never trusted blindly.
+
+A folder holds one *recipe* (encoder fingerprint and every setting that changes a value) and is named by its hash; a
+file in it is named by the hash of the picture's bytes. So a changed picture, setting or encoder has another name and
+can never be mistaken for a cached one. Files are written beside their place and renamed; a checksum in the header finds
+those that were damaged since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+FORMAT = 1
+"""Raised when the meaning of a file changes; older files are then simply not found."""
+
+
+HEADER = "ovs3d"
+"""Name of our entry in a file's metadata."""
+
+
+class CacheError(RuntimeError):
+    """The cache cannot be written; the message is a sentence for the user."""
+
+
+def picture_key(path: Path) -> str:
+    """Hash of a picture's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+class FeatureCache:
+    """The files of one recipe below `folder`."""
+
+    def __init__(self, folder: Path, name: str, recipe: dict):
+        """`name` starts the sub-folder's name, for people who look; `recipe` must be JSON and decides its hash."""
+        self.recipe = json.dumps({"format": FORMAT, **recipe}, sort_keys=True)
+        digest = hashlib.sha256(self.recipe.encode()).hexdigest()[:16]
+        safe_name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:40]
+        self.folder = folder / f"{safe_name}-{digest}"
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of a picture, memory-mapped; None when they are absent, damaged or not of this recipe."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = (file.metadata() or {}).get(HEADER)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError, ValueError):
+            return None
+        return tensors if header == self._header(tensors) else None
+
+    def save(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Write beside and rename. Raises CacheError when the folder cannot be written."""
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        content = to_safetensors(tensors, {HEADER: self._header(tensors)})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with written_beside(self.path(key)) as beside:
+                beside.write_bytes(content)
+        except OSError as error:
+            raise CacheError(
+                f"The feature cache {self.folder} cannot be written ({error.strerror or error}); make room or name another "
+                "folder with --pipeline.datamanager.feature-cache-dir."
+            ) from error
+
+    def _header(self, tensors: dict[str, Tensor]) -> str:
+        # One entry: safetensors writes several in any order, and equal features should be equal files.
+        return json.dumps({"recipe": self.recipe, "checksum": _checksum(tensors)})
+
+    def size(self, keys: list[str]) -> int:
+        """Bytes on disk of the given pictures."""
+        return sum(self.path(key).stat().st_size for key in keys if self.path(key).exists())
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A path in the same folder that becomes `path` when the block ends well and is removed when it does not."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""Extraction: each training picture once through both encoders, into the cache, with a progress bar.
+
+Knows encoders and the cache, not nerfstudio's models: it can run alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
+from ovs3d_nerfstudio.features.cache import FeatureCache, picture_key
+from ovs3d_nerfstudio.features.pyramid import ScaleGrid
+
+
+class PictureError(ValueError):
+    """A picture cannot be used; the message is a sentence for the user."""
+
+
+@dataclass
+class CachedViews:
+    """Where the features of a list of pictures lie: `pyramid` and `tokens` of view i under `keys[i]`."""
+
+    keys: list[str]
+    sizes: list[tuple[int, int]]
+    """Height and width in pixels of each picture."""
+    scales: tuple[float, ...]
+    pyramid: FeatureCache
+    tokens: FeatureCache
+
+    def grids(self, view: int) -> list[ScaleGrid]:
+        return [ScaleGrid.of(*self.sizes[view], scale) for scale in self.scales]
+
+    def boxes(self, view: int) -> list[Float[Tensor, "P 4"]]:
+        """The boxes that were embedded, one tensor a scale: left, top, right, bottom in pixels."""
+        return [patch_boxes(grid, self.keys[view], k) for k, grid in enumerate(self.grids(view))]
+
+    def patches(self, view: int) -> list[Tensor]:
+        """Unit patch embeddings of a view, one P×D half-precision tensor a scale."""
+        return list(self._load(self.pyramid, view).values())
+
+    def token_grid(self, view: int) -> Tensor:
+        """Token grid h×w×E of a view in half precision."""
+        return self._load(self.tokens, view)["tokens"]
+
+    def _load(self, cache: FeatureCache, view: int) -> dict[str, Tensor]:
+        tensors = cache.load(self.keys[view])
+        if tensors is None:
+            raise RuntimeError(f"{cache.path(self.keys[view])} vanished or was damaged during the run; start again.")
+        return {name: tensors[name] for name in sorted(tensors)}
+
+
+def patch_boxes(grid: ScaleGrid, key: str, k: int) -> Float[Tensor, "P 4"]:
+    """The jittered boxes of scale `k` of the picture with content hash `key`: the jitter depends on these alone."""
+    return grid.jittered_boxes(torch.Generator().manual_seed(int(key[:12], 16) + k))
+
+
+def read_picture(path: Path) -> UInt8[Tensor, "H W 3"]:
+    """RGB pixels; an alpha channel is laid over white, as nerfstudio's parsers do by default.
+
+    Raises PictureError when the file is no picture.
+    """
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
+                image = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
+            return torch.from_numpy(np.array(image.convert("RGB")))
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise PictureError(
+            f"{path} cannot be read as a picture ({error}); replace it or take it out of the data."
+        ) from error
+
+
+def extract(
+    paths: Sequence[Path],
+    image_text_encoder: ImageTextEncoder,
+    token_encoder: TokenEncoder,
+    scales: Sequence[float],
+    cache_dir: Path,
+    console: Console,
+) -> CachedViews:
+    """Make what the cache lacks of the pyramid and the tokens of `paths`, and say where all of it lies.
+
+    Args:
+        scales: patches along the shorter side of a picture, one number a scale (3D-OVS: 5, 7, 10).
+
+    Raises PictureError, EncoderError or CacheError with a sentence for the user.
+    """
+    pyramid = FeatureCache(
+        cache_dir,
+        "pyramid",
+        {"encoder": image_text_encoder.fingerprint, "scales": [float(s) for s in scales]},
+    )
+    tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint})
+    views = CachedViews([picture_key(path) for path in paths], [], tuple(scales), pyramid, tokens)
+    missing = [i for i, key in enumerate(views.keys) if pyramid.load(key) is None or tokens.load(key) is None]
+    console.print(
+        f"Features: {len(paths) - len(missing)} of {len(paths)} views are cached in {cache_dir}, {len(missing)} to make."
+    )
+    columns = (
+        TextColumn("[cyan]Extracting features"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    # The next picture is read and decoded while this one is embedded.
+    with (
+        ThreadPoolExecutor(1) as reader,
+        Progress(*columns, console=console, disable=not missing) as progress,
+    ):
+        task = progress.add_task("", total=len(missing), rate="")
+        pending = [reader.submit(read_picture, paths[i]) for i in missing[:1]]
+        for n, i in enumerate(missing):
+            picture = pending.pop().result()
+            if n + 1 < len(missing):
+                pending.append(reader.submit(read_picture, paths[missing[n + 1]]))
+            if pyramid.load(views.keys[i]) is None:
+                pyramid.save(
+                    views.keys[i],
+                    _embed_pyramid(picture, views.keys[i], paths[i], image_text_encoder, scales),
+                )
+            if tokens.load(views.keys[i]) is None:
+                tokens.save(views.keys[i], {"tokens": token_encoder.embed_picture(picture).half()})
+            progress.update(task, advance=1, rate=_rate(progress, task))
+    views.sizes = [_size(path) for path in paths]
+    megabytes = (pyramid.size(views.keys) + tokens.size(views.keys)) / 2**20
+    console.print(
+        f"Features: {megabytes:.1f} MB for {len(paths)} views, {megabytes / max(1, len(paths)):.2f} MB a view."
+    )
+    return views
+
+
+def _embed_pyramid(
+    picture: UInt8[Tensor, "H W 3"], key: str, path: Path, encoder: ImageTextEncoder, scales: Sequence[float]
+) -> dict[str, Tensor]:
+    """Unit embeddings of all patches of a view, one tensor a scale."""
+    height, width = picture.shape[:2]
+    patches = {}
+    for k, scale in enumerate(scales):
+        try:
+            grid = ScaleGrid.of(height, width, scale)
+        except ValueError as error:
+            raise PictureError(f"{path}: {error}") from error
+        patches[f"patches_{k:02d}"] = encoder.embed_boxes(picture, patch_boxes(grid, key, k), path).half()
+    return patches
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.height, image.width
+
+
+def _rate(progress: Progress, task) -> str:
+    speed = progress.tasks[task].speed
+    return f"{speed:.2f} images/s" if speed else ""
+
+
+def default_cache_dir(data: Path) -> Path:
+    """Features lie beside the pictures unless `data` is a file, then beside that file."""
+    return (data if data.is_dir() else data.parent) / ".ovs3d-cache"

@@ -1,0 +1,136 @@
+"""Teachers: what the cached features say of a ray, held as basis coefficients on the training device.
+
+For a pixel: the pyramid cell of each scale it lies in. For a window (a block of tokens of one view): its tokens and the
+patches that lie inside it, with what averages the window's rays over each patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ovs3d_nerfstudio.features.basis import Basis
+from ovs3d_nerfstudio.features.extraction import CachedViews
+
+
+@dataclass
+class PatchGroup:
+    """The patches inside one window. The mean of its rays over patch p is Σ_ij rows[p, i] cols[p, j] ray[i, j]."""
+
+    rows: Float[Tensor, "P T"]
+    cols: Float[Tensor, "P T"]
+    coefficients: Float[Tensor, "P K"]
+
+
+@dataclass
+class Windows:
+    """Blocks of T×T tokens, one ray a token."""
+
+    indices: Int[Tensor, "n 3"]
+    """View, pixel row, pixel column of each ray, window by window, row by row; n = W·T·T."""
+    tokens: Float[Tensor, "W TT E"]
+    patches: list[PatchGroup]
+    """One group a window."""
+    side: int
+    """T, tokens along a window's side."""
+
+
+class Teachers:
+    """Coefficients of every cell and patch of the training views."""
+
+    def __init__(self, views: CachedViews, basis: Basis, device: torch.device | str):
+        self.views = views
+        self.device = torch.device(device)
+        cells, patches, boxes, tables = [], [], [], []
+        start = 0
+        for view in range(len(views.keys)):
+            height, width = views.sizes[view]
+            size = torch.tensor([width, height, width, height])
+            embedded = [scale.float() for scale in views.patches(view)]
+            for grid, scale in zip(views.grids(view), embedded, strict=True):
+                cells.append(basis.project(F.normalize(grid.cells(scale), dim=-1)).half())
+                tables.append([grid.rows, grid.cols, start])
+                start += grid.num_cells
+            patches.append(basis.project(torch.cat(embedded)).half().to(self.device))
+            boxes.append(torch.cat(views.boxes(view)) / size)
+        self.cells = torch.cat(cells).to(self.device)
+        """All cells, n×K half precision: view by view, scale by scale, row by row."""
+        # Patches of each view: coefficients on the device, boxes as shares of the picture on the CPU, where windows are drawn.
+        self._patches, self._boxes = patches, boxes
+        # Rows and columns of cells, first cell of each view and scale.
+        self._grid = torch.tensor(tables, device=self.device).reshape(len(views.keys), len(views.scales), 3)
+        self._tokens = [views.token_grid(view) for view in range(len(views.keys))]
+
+    @property
+    def num_scales(self) -> int:
+        return self._grid.shape[1]
+
+    def scale_ids(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """View and scale of every row of `cells`."""
+        count = (self._grid[..., 0] * self._grid[..., 1]).flatten()
+        flat = torch.arange(len(count), device=self.device).repeat_interleave(count)
+        return flat // self.num_scales, flat % self.num_scales
+
+    def at(self, view: Int[Tensor, " R"], y: Float[Tensor, " R"], x: Float[Tensor, " R"]) -> Float[Tensor, "R S K"]:
+        """Coefficients of the cell of each scale that holds a pixel; `y`, `x` in [0, 1) of the picture's height, width."""
+        rows, cols, first = self._grid[view].unbind(-1)
+        row = (y[:, None] * rows).long().minimum(rows - 1)
+        col = (x[:, None] * cols).long().minimum(cols - 1)
+        return self.cells[first + row * cols + col].float()
+
+    def windows(
+        self, count: int, side: int, sizes: Int[Tensor, "N 2"], generator: torch.Generator | None = None
+    ) -> Windows:
+        """Draw `count` windows of `side`² tokens, each from one view, rays jittered within their tokens.
+
+        Args:
+            sizes: height and width in pixels of every view as it is rendered.
+        """
+        side = min([side, *(min(grid.shape[:2]) for grid in self._tokens)])
+        indices, tokens, patches = [], [], []
+        for view in torch.randint(len(self._tokens), (count,), generator=generator).tolist():
+            grid = self._tokens[view]
+            h, w = grid.shape[:2]
+            top = int(torch.randint(h - side + 1, (1,), generator=generator))
+            left = int(torch.randint(w - side + 1, (1,), generator=generator))
+            tokens.append(grid[top : top + side, left : left + side].reshape(side * side, -1))
+            corner = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).reshape(
+                -1, 2
+            )
+            jittered = corner + torch.tensor([top, left]) + torch.rand(corner.shape, generator=generator)
+            pixel = (jittered / torch.tensor([h, w]) * sizes[view]).long().minimum(sizes[view] - 1)
+            indices.append(torch.cat([torch.full((side * side, 1), view), pixel], 1))
+            patches.append(
+                self._patches_inside(view, torch.tensor([left / w, top / h]), torch.tensor([side / w, side / h]), side)
+            )
+        return Windows(
+            torch.cat(indices).to(self.device),
+            torch.stack(tokens).to(self.device, torch.float32),
+            patches,
+            side,
+        )
+
+    def _patches_inside(
+        self, view: int, corner: Float[Tensor, "2"], extent: Float[Tensor, "2"], side: int
+    ) -> PatchGroup:
+        """The patches of all scales inside the window at `corner` (x, y) of the picture, as shares of it."""
+        boxes = (self._boxes[view] - corner.repeat(2)) / extent.repeat(2) * side
+        inside = ((boxes[:, :2] > -1e-4) & (boxes[:, 2:] < side + 1e-4)).all(-1).nonzero()[:, 0]
+        left, top, right, bottom = boxes[inside].unbind(-1)
+        return PatchGroup(
+            _coverage(top, bottom, side).to(self.device),
+            _coverage(left, right, side).to(self.device),
+            self._patches[view][inside.to(self.device)].float(),
+        )
+
+
+def _coverage(low: Float[Tensor, " P"], high: Float[Tensor, " P"], side: int) -> Float[Tensor, "P T"]:
+    """The share of each interval [low, high] that falls on each of `side` unit intervals."""
+    edge = torch.arange(side + 1.0)
+    overlap = torch.minimum(high[:, None], edge[1:]) - torch.maximum(low[:, None], edge[:-1])
+    overlap = overlap.clamp(min=0)
+    return overlap / overlap.sum(1, keepdim=True)

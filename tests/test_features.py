@@ -1,0 +1,178 @@
+"""Cache, extraction, basis and teachers, with an encoder that knows where each pixel is."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+
+from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
+from ovs3d_nerfstudio.features.basis import fit_basis, scale_cells
+from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache
+from ovs3d_nerfstudio.features.extraction import PictureError, extract
+from ovs3d_nerfstudio.features.teachers import Teachers
+
+
+class ColorEncoder(ImageTextEncoder):
+    """Embeds a box as its mean colour behind a fixed rotation: easy to predict, rank 4."""
+
+    dim = 16
+    fingerprint = "color"
+    boxes_seen = 0
+
+    def embed_text(self, prompts):
+        colors = {"red": (1, 0, 0, 0.5), "green": (0, 1, 0, 0.5), "blue": (0, 0, 1, 0.5)}
+        return F.normalize(torch.tensor([colors[p] for p in prompts]) @ self.rotation(), dim=-1)
+
+    @staticmethod
+    def rotation():
+        return torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q[:4]
+
+    def embed_crops(self, crops):
+        type(self).boxes_seen += len(crops)
+        mean = torch.cat([crops.mean((2, 3)), torch.full((len(crops), 1), 0.5)], 1)
+        return mean @ self.rotation()
+
+
+class PixelTokens(TokenEncoder):
+    fingerprint = "pixels"
+    stride = 4
+
+    def embed_picture(self, picture):
+        return F.avg_pool2d(picture.permute(2, 0, 1).float(), 4).permute(1, 2, 0)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    paths = []
+    for i, size in enumerate([(64, 48), (64, 48), (40, 56)]):
+        pixels = torch.randint(0, 255, (size[1] // 8, size[0] // 8, 3), generator=torch.Generator().manual_seed(i))
+        path = tmp_path / f"view {i}.png"
+        Image.fromarray(pixels.byte().numpy()).resize(size, Image.Resampling.BILINEAR).save(path)
+        paths.append(path)
+    return paths
+
+
+def run(paths, cache_dir, encoder=None, scales=(2.0, 3.0)):
+    out = io.StringIO()
+    views = extract(
+        paths,
+        encoder or ColorEncoder("", "cpu"),
+        PixelTokens("", "cpu"),
+        scales,
+        cache_dir,
+        Console(file=out, width=200),
+    )
+    return views, out.getvalue()
+
+
+def test_features_are_made_once_and_the_log_says_so(pictures, tmp_path):
+    _, log = run(pictures, tmp_path / "cache")
+    assert "0 of 3 views are cached" in log and "MB for 3 views" in log
+    seen = ColorEncoder.boxes_seen
+    views, log = run(pictures, tmp_path / "cache")
+    assert "3 of 3 views are cached" in log and ColorEncoder.boxes_seen == seen
+    assert views.sizes == [(48, 64), (48, 64), (56, 40)]
+
+
+def test_extraction_is_the_same_bit_for_bit(pictures, tmp_path):
+    a, b = (run(pictures, tmp_path / name)[0] for name in ("a", "b"))
+    for key in a.keys:
+        assert a.pyramid.path(key).read_bytes() == b.pyramid.path(key).read_bytes()
+
+
+def test_a_changed_picture_setting_or_encoder_is_made_again(pictures, tmp_path):
+    run(pictures, tmp_path / "cache")
+    Image.new("RGB", (64, 48), "red").save(pictures[0])
+    assert "2 of 3 views are cached" in run(pictures, tmp_path / "cache")[1]
+    assert "0 of 3 views are cached" in run(pictures, tmp_path / "cache", scales=(2.0, 4.0))[1]
+    other = type("Other", (ColorEncoder,), {"fingerprint": "other"})("", "cpu")
+    assert "0 of 3 views are cached" in run(pictures, tmp_path / "cache", other)[1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_file_is_found_and_made_again(pictures, tmp_path, damage):
+    views, _ = run(pictures, tmp_path / "cache")
+    path = views.pyramid.path(views.keys[1])
+    good = path.read_bytes()
+    bad = {"cut": good[:-7], "flip": good[:-9] + bytes([good[-9] ^ 4]) + good[-8:], "empty": b""}[damage]
+    path.write_bytes(bad)
+    assert "2 of 3 views are cached" in run(pictures, tmp_path / "cache")[1]
+    assert path.read_bytes() == good
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_words(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CacheError, match="feature-cache-dir"):
+        FeatureCache(tmp_path / "file", "pyramid", {}).save("key", {"a": torch.zeros(1)})
+
+
+def test_what_is_no_picture_is_refused_in_words(pictures, tmp_path):
+    pictures[1].write_bytes(b"no picture")
+    with pytest.raises(PictureError, match=r"view 1\.png cannot be read"):
+        run(pictures, tmp_path / "cache")
+
+
+def test_the_basis_is_exact_where_the_scene_spans_less(pictures, tmp_path):
+    views, _ = run(pictures, tmp_path / "cache")
+    text = ColorEncoder("", "cpu").embed_text(["red", "green"])
+    basis, moment = fit_basis(views, text, max_dim=8, energy=0.9999)
+    assert basis.vectors.shape[1] <= 5 and basis.energy > 0.9999
+    assert torch.allclose(basis.vectors.T @ basis.vectors, torch.eye(basis.vectors.shape[1]), atol=1e-5)
+    cells = scale_cells(views, 0)[1]
+    assert torch.allclose(basis.project(cells) @ basis.project(text).T, cells @ text.T, atol=2e-3)
+    assert fit_basis(views, text, 0, 0.5)[0].vectors.shape == (16, 16)
+    assert moment.trace().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_compositing_coefficients_is_compositing_embeddings(pictures, tmp_path):
+    """Rendering is linear: expand-then-composite equals composite-then-expand."""
+    views, _ = run(pictures, tmp_path / "cache")
+    basis, _ = fit_basis(views, torch.zeros(0, 16), 8, 0.9999)
+    samples = torch.randn(7, 5, basis.vectors.shape[1], generator=torch.Generator().manual_seed(2))
+    weights = torch.rand(7, 5, 1, generator=torch.Generator().manual_seed(3))
+    wide = (weights * (samples @ basis.vectors.T)).sum(1)
+    assert torch.allclose((weights * samples).sum(1) @ basis.vectors.T, wide, atol=1e-5)
+
+
+def test_a_ray_is_taught_by_the_cells_it_lies_in(pictures, tmp_path):
+    views, _ = run(pictures, tmp_path / "cache")
+    basis, _ = fit_basis(views, torch.zeros(0, 16), 0, 1)
+    teachers = Teachers(views, basis, "cpu")
+    view, y, x = torch.tensor([0, 2, 2]), torch.tensor([0.0, 0.999, 0.4]), torch.tensor([0.0, 0.999, 0.7])
+    taught = teachers.at(view, y, x)
+    for n in range(3):
+        for s, grid in enumerate(views.grids(int(view[n]))):
+            cell = scale_cells(views, int(view[n]))[s].view(grid.rows, grid.cols, -1)
+            assert torch.allclose(taught[n, s], cell[int(y[n] * grid.rows), int(x[n] * grid.cols)], atol=2e-3)
+    ids_view, ids_scale = teachers.scale_ids()
+    assert len(ids_view) == len(teachers.cells) and ids_scale.max() == 1 and ids_view.max() == 2
+
+
+def test_windows_hold_their_tokens_rays_and_patches(pictures, tmp_path):
+    views, _ = run(pictures, tmp_path / "cache", scales=(4.0,))
+    basis, _ = fit_basis(views, torch.zeros(0, 16), 0, 1)
+    teachers = Teachers(views, basis, "cpu")
+    sizes = torch.tensor(views.sizes)
+    windows = teachers.windows(6, 8, sizes, torch.Generator().manual_seed(4))
+    assert windows.tokens.shape == (6, 64, 3) and windows.indices.shape == (6 * 64, 3)
+    for w, pixels in enumerate(windows.indices.view(6, 64, 3)):
+        view = int(pixels[0, 0])
+        h, w_tokens = views.token_grid(view).shape[:2]
+        row, col = pixels[:, 1] * h // sizes[view, 0], pixels[:, 2] * w_tokens // sizes[view, 1]
+        assert torch.equal(windows.tokens[w], views.token_grid(view)[row, col].float())
+    assert sum(len(group.coefficients) for group in windows.patches) > 0
+    for w, group in enumerate(windows.patches):
+        pixels = windows.indices.view(6, 8, 8, 3)[w]
+        view = int(pixels[0, 0, 0])
+        patches, boxes = torch.cat(views.patches(view)).float(), torch.cat(views.boxes(view))
+        for p in range(len(group.coefficients)):
+            box = boxes[(patches - group.coefficients[p]).abs().sum(-1).argmin()]
+            # The weighted centre of the rays is the centre of the box, up to a ray's jitter within its token.
+            y = (group.rows[p] @ (pixels[..., 1].float() + 0.5) @ group.cols[p]).item()
+            x = (group.rows[p] @ (pixels[..., 2].float() + 0.5) @ group.cols[p]).item()
+            assert abs(x - (box[0] + box[2]) / 2) < 3 and abs(y - (box[1] + box[3]) / 2) < 3
+        assert torch.allclose(group.rows.sum(1), torch.ones(len(group.rows)))
