@@ -1,0 +1,78 @@
+"""Datamanager: nerfstudio's own, plus what the semantic losses need of the cached features for one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+
+from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
+from ovs3d_nerfstudio.features.basis import Basis
+from ovs3d_nerfstudio.features.extraction import CachedViews, default_cache_dir, extract
+from ovs3d_nerfstudio.features.teachers import Teachers, Windows
+
+
+@dataclass
+class OVS3DDataManagerConfig(VanillaDataManagerConfig):
+    """Rays as nerfstudio draws them, and the teachers and windows of the semantic losses."""
+
+    _target: type = field(default_factory=lambda: OVS3DDataManager)
+    scales: tuple[float, ...] = (5.0, 7.0, 10.0)
+    """Patches along the shorter side of a picture, one number a scale of the CLIP pyramid (3D-OVS: 5, 7, 10)."""
+    feature_cache_dir: Path | None = None
+    """Folder of the feature cache; default: .ovs3d-cache in the data folder."""
+    num_windows: int = 8
+    """Windows drawn a step for FDA (3D-OVS: 8)."""
+    window_size: int = 32
+    """Side of a window in tokens (3D-OVS: 32)."""
+
+
+class OVS3DDataManager(VanillaDataManager):
+    """A VanillaDataManager that can also say what the cached features teach about its rays.
+
+    Nothing is extracted before `extract_features` is called: a viewer or a render never needs features.
+    """
+
+    config: OVS3DDataManagerConfig
+    teachers: Teachers | None = None
+
+    def extract_features(self, image_text_encoder: ImageTextEncoder, token_encoder: TokenEncoder) -> CachedViews:
+        """The features of the training views, from the cache or made now."""
+        data = self.config.data or self.train_dataset.image_filenames[0].parent
+        return extract(
+            self.train_dataset.image_filenames,
+            image_text_encoder,
+            token_encoder,
+            self.config.scales,
+            self.config.feature_cache_dir or default_cache_dir(Path(data)),
+            CONSOLE,
+        )
+
+    def teach(self, views: CachedViews, basis: Basis) -> Teachers:
+        """Hold the features of `views` as coefficients of `basis` for the steps to come."""
+        self.teachers = Teachers(views, basis, self.device)
+        cameras = self.train_dataset.cameras
+        self._sizes = torch.cat([cameras.height, cameras.width], -1)
+        return self.teachers
+
+    def next_teachers(self, batch: dict) -> Float[Tensor, "R S K"]:
+        """What the pyramid says of the rays of `batch`, one cell a scale."""
+        assert self.teachers is not None, "teach() comes first"
+        indices = batch["indices"].to(self.device)
+        sizes = self._sizes.to(self.device)[indices[:, 0]]
+        y, x = ((indices[:, 1:] + 0.5) / sizes).unbind(-1)
+        return self.teachers.at(indices[:, 0], y, x)
+
+    def next_windows(self) -> tuple[RayBundle, Windows] | None:
+        """Windows for FDA and the patch loss with their rays, or None when no window is asked for."""
+        assert self.teachers is not None, "teach() comes first"
+        if self.config.num_windows == 0:
+            return None
+        windows = self.teachers.windows(self.config.num_windows, self.config.window_size, self._sizes.cpu())
+        return self.train_ray_generator(windows.indices), windows

@@ -1,0 +1,299 @@
+"""The model: nerfacto's colour and density, and a semantic field rendered with nerfacto's own weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
+from torch import Tensor, nn
+
+from ovs3d_nerfstudio import losses
+from ovs3d_nerfstudio.evaluation import Evaluator
+from ovs3d_nerfstudio.features.teachers import Windows
+from ovs3d_nerfstudio.field import LInfContraction, SemanticField
+from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids
+from ovs3d_nerfstudio.renderers import Semantics, composite, top_samples
+from ovs3d_nerfstudio.segmentation import Segmenter
+
+
+@dataclass
+class OVS3DModelConfig(NerfactoModelConfig):
+    """Nerfacto and the semantic field, its losses and their schedule."""
+
+    _target: type = field(default_factory=lambda: OVS3DModel)
+    implementation: Literal["auto", "tcnn", "torch"] = "auto"  # type: ignore[assignment]
+    """Hash grids and networks: tiny-cuda-nn, or torch with our own fast grid; auto takes tiny-cuda-nn when it imports."""
+
+    num_scales: int = 3
+    """Scales of the pyramid; set by the pipeline."""
+    basis_dim: int = 64
+    """Most coefficients `K` a point may carry; 0 keeps all of the encoder's D dimensions."""
+    basis_energy: float = 0.99
+    """Share of the features' energy that the basis must hold, if `basis_dim` allows."""
+    semantic_samples: int = 8
+    """Samples of a ray at which semantics are looked up: the ones with most weight."""
+    semantic_levels: int = 16
+    """Levels of the semantic hash grid."""
+    semantic_base_res: int = 16
+    """Resolution of the coarsest level of the semantic hash grid."""
+    semantic_max_res: int = 512
+    """Resolution of the finest level of the semantic hash grid."""
+    semantic_log2_hashmap_size: int = 19
+    """Size of each level of the semantic hash grid, as a power of two."""
+    semantic_features_per_level: int = 2
+    """Features a level of the semantic hash grid."""
+    semantic_hidden_dim: int = 64
+    """Width of the hidden layer behind the semantic grid; 0 makes features linear in the grid, as in the paper's code."""
+
+    semantics_start: int = 1000
+    """Step at which the semantic losses begin: geometry comes first."""
+    fda_start: int = 2000
+    """Step at which FDA begins: features come first (3D-OVS: 5 000 of 15 000 iterations)."""
+    detach_density: bool = True
+    """Keep the gradients of the semantic losses from the density (3D-OVS default)."""
+    feature_loss_mult: float = 1.0
+    """Weight of the feature loss (3D-OVS: 1)."""
+    patch_loss_mult: float = 0.0
+    """Weight of the patch loss: the mean of the features inside a patch should be the patch's embedding."""
+    rda_loss_mult: float = 1.0
+    """Weight of RDA (3D-OVS: 1)."""
+    fda_positive_mult: float = 200.0
+    """Weight of FDA's positive part (3D-OVS: 200)."""
+    fda_negative_mult: float = 0.2
+    """Weight of FDA's negative part (3D-OVS: 0.2)."""
+    fda_temperature: float = 0.2
+    """Temperature of the class probabilities in FDA (3D-OVS: 0.2)."""
+    fda_temperature_unit: Literal["absolute", "spread"] = "absolute"
+    """Whether τ is a number (3D-OVS), or a multiple of the standard deviation over classes that the scene's similarities have."""
+    fda_shift: float = 0.7
+    """Cosine of two tokens above which they should agree (3D-OVS: 0.7)."""
+    fda_divergence: losses.Divergence = "js"
+    """js as in the paper, or kl as in the authors' code."""
+    fda_rebalance: bool = True
+    """Divide each part of FDA by its own count of pairs (3D-OVS §3.3)."""
+    fda_pairs: int = 16384
+    """Pairs drawn in each window; memory of FDA is windows × pairs × classes."""
+    class_scores: Literal["cosine", "relevancy"] = "cosine"
+    """What classes are compared by: cosines (3D-OVS), or cosines stretched by each prompt's range over the scene."""
+    overlay_opacity: float = 0.6
+    """Opacity of the segmentation over the photo in `segmentation_overlay`."""
+    learned_scales: bool = True
+    """Select scales by the learned scale logits; otherwise all scales weigh the same."""
+
+
+class OVS3DModel(NerfactoModel):
+    """Nerfacto with a semantic field."""
+
+    config: OVS3DModelConfig
+    evaluator: Evaluator | None = None
+    """Set by the pipeline where the data has masks: what `get_image_metrics_and_images` reports labels to."""
+
+    def populate_modules(self) -> None:
+        config = self.config
+        if config.implementation == "auto":
+            config.implementation = "tcnn" if tcnn_imports() else "torch"
+        with _lpips_optional():
+            super().populate_modules()  # type: ignore[no-untyped-call]
+        if not config.disable_scene_contraction:
+            for part in (self.field, *self.proposal_networks):
+                part.spatial_distortion = LInfContraction()
+        self.semantic_field = SemanticField(
+            self.scene_box.aabb,
+            dim=max(1, config.basis_dim),
+            num_scales=config.num_scales,
+            num_levels=config.semantic_levels,
+            base_res=config.semantic_base_res,
+            max_res=config.semantic_max_res,
+            log2_hashmap_size=config.semantic_log2_hashmap_size,
+            features_per_level=config.semantic_features_per_level,
+            hidden_dim=config.semantic_hidden_dim,
+            spatial_distortion=self.field.spatial_distortion,
+            implementation=config.implementation,
+        )
+        if config.implementation == "torch":
+            use_fast_hash_grids(self)
+            needed = config.predict_normals or config.camera_optimizer.mode != "off"
+            for module in self.modules():
+                if isinstance(module, FastHashEncoding):
+                    module.position_gradients = needed
+        self.segmenter = Segmenter()
+
+    def get_param_groups(self) -> dict[str, list[nn.Parameter]]:
+        groups = super().get_param_groups()
+        groups["semantic_grid"] = list(self.semantic_field.grid.parameters())
+        groups["semantic_head"] = [*self.semantic_field.hidden.parameters(), *self.semantic_field.last.parameters()]
+        return groups
+
+    def forward(self, ray_bundle: RayBundle, semantics: bool = True, window_rays: RayBundle | None = None) -> dict:
+        """Outputs of `ray_bundle`; with `window_rays`, their Semantics too, as `window_semantics`."""
+        self.semantics = semantics and self.segmenter.ready
+        outputs: dict = super().forward(ray_bundle)
+        if window_rays is not None:
+            rays = self.collider(window_rays) if self.collider is not None else window_rays
+            outputs["window_semantics"] = self.window_semantics(rays)
+        return outputs
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict:
+        with self._rendering() as kept:
+            outputs = super().get_outputs(ray_bundle)
+        if self.semantics:
+            semantics = self.render_semantics(kept["ray_samples"], kept["weights"])
+            if self.training:
+                outputs["semantics"] = semantics
+            else:
+                outputs |= self.pictures(semantics, outputs["rgb"])
+        return outputs
+
+    def render_semantics(self, samples: RaySamples, weights: Float[Tensor, "*R n 1"]) -> Semantics:
+        """Composites the semantic field over the heaviest samples of each ray."""
+        if self.config.detach_density:
+            weights = weights.detach()
+        positions = samples.frustums.get_positions().detach()
+        positions, weights = top_samples(positions, weights, self.config.semantic_samples)
+        coefficients, logits, saliency = self.semantic_field(positions)
+        scales = composite(logits, weights).softmax(-1)
+        if not self.config.learned_scales:
+            scales = torch.full_like(scales, 1 / scales.shape[-1])
+        return Semantics(composite(coefficients, weights), composite(saliency * coefficients, weights), scales)
+
+    def window_semantics(self, rays: RayBundle) -> Semantics:
+        """Semantics of rays that carry no colour: density only, and without gradients when it is detached."""
+        with torch.set_grad_enabled(not self.config.detach_density):
+            samples, _, _ = self.proposal_sampler(rays, density_fns=self.density_fns)
+            density, _ = self.field.get_density(samples)
+            weights = samples.get_weights(density)
+        return self.render_semantics(samples, weights)
+
+    def pictures(self, semantics: Semantics, rgb: Float[Tensor, "*R 3"]) -> dict[str, Tensor]:
+        """What a person looks at, per ray: three channels in [0, 1], or one.
+
+        Names hold no "rgb" and no output has 2 or more than 3 channels: nerfstudio's viewer and renders would trip.
+        """
+        segmenter, coefficients, scales = self.segmenter, semantics.coefficients, semantics.scales
+        steps = torch.arange(scales.shape[-1], device=scales.device) / max(1, scales.shape[-1] - 1)
+        pictures = {}
+        if segmenter.prompts:
+            scores = self.class_scores(coefficients)
+            color = segmenter.colors[segmenter.labels(scores)]
+            pictures["segmentation"] = color
+            pictures["segmentation_overlay"] = torch.lerp(rgb, color, self.config.overlay_opacity)
+            relevancies = segmenter.relevancies(segmenter.similarities(coefficients)).clamp(0, 1)
+            for name, relevancy in zip(segmenter.output_names(), relevancies.unbind(-1), strict=True):
+                pictures[name] = relevancy[..., None]
+        pictures["scale"] = (scales * steps).sum(-1, keepdim=True)
+        pictures["features_pca"] = segmenter.pca_colors(coefficients)
+        return pictures
+
+    def class_scores(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n C"]:
+        """What the argmax over classes is taken of: cosines (3D-OVS) or relevancies over the scene."""
+        similarities = self.segmenter.similarities(coefficients)
+        return similarities if self.config.class_scores == "cosine" else self.segmenter.relevancies(similarities)
+
+    def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
+        loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)
+        if "teachers" in batch:
+            loss_dict |= self.semantic_losses(outputs, batch)
+        return loss_dict
+
+    def semantic_losses(self, outputs: dict, batch: dict) -> dict[str, Tensor]:
+        """Feature loss, RDA and FDA (3D-OVS §3.2–3.3) and the patch loss, each times its weight."""
+        config, segmenter = self.config, self.segmenter
+        teachers = F.normalize(batch["teachers"], dim=-1)
+        scales = outputs["semantics"].scales[..., None]
+        target = (scales * teachers).sum(-2)
+        result = {
+            "feature_loss": config.feature_loss_mult * losses.cosine_loss(outputs["semantics"].coefficients, target)
+        }
+        if segmenter.prompts and config.rda_loss_mult:
+            scores = segmenter.relevancies(segmenter.similarities(teachers))
+            result["rda_loss"] = config.rda_loss_mult * losses.rda_loss(
+                self.class_scores(outputs["semantics"].coefficients), (scales * scores).sum(-2)
+            )
+        windows: Windows | None = batch.get("windows")
+        if windows is None:
+            return result
+        if config.patch_loss_mult:
+            result["patch_loss"] = config.patch_loss_mult * losses.patch_loss(
+                outputs["window_semantics"].salient, windows
+            )
+        if segmenter.prompts and batch["fda"]:
+            log_p = (self.class_scores(outputs["window_semantics"].coefficients) / self.fda_temperature()).log_softmax(
+                -1
+            )
+            tokens = windows.tokens
+            log_p = log_p.view(*tokens.shape[:2], -1)
+            pairs = losses.sample_pairs(len(tokens), tokens.shape[1], config.fda_pairs, tokens.device)
+            positive, negative = losses.fda_loss(
+                log_p, tokens, pairs, config.fda_shift, config.fda_divergence, config.fda_rebalance
+            )
+            result["fda_positive_loss"] = config.fda_positive_mult * positive
+            result["fda_negative_loss"] = config.fda_negative_mult * negative
+        return result
+
+    def fda_temperature(self) -> float:
+        """τ of FDA; in units of the spread of similarities over the scene unless it is to be taken as it stands."""
+        unit = float(self.segmenter.spread) if self.config.fda_temperature_unit == "spread" else 1.0
+        return self.config.fda_temperature * unit
+
+    def get_image_metrics_and_images(self, outputs, batch) -> tuple[dict[str, float], dict[str, Tensor]]:
+        metrics, images = super().get_image_metrics_and_images(outputs, batch)
+        if math.isnan(metrics["lpips"]):
+            del metrics["lpips"]
+        if "segmentation" in outputs:
+            images["segmentation"] = torch.cat([batch["image"].to(self.device)[..., :3], outputs["segmentation"]], 1)
+            if self.evaluator is not None:
+                labels = self.segmenter.labels_of(outputs["segmentation"])
+                self.evaluator.record(int(batch["image_idx"]), labels.cpu(), self.segmenter.prompts)
+        return metrics, images
+
+    @contextmanager
+    def _rendering(self) -> Iterator[dict]:
+        """Catches the samples and weights of nerfacto's last pass, which it keeps to itself at test time."""
+        kept: dict = {}
+        handle = self.renderer_expected_depth.register_forward_pre_hook(
+            lambda _module, _args, kwargs: kept.update(kwargs), with_kwargs=True
+        )
+        try:
+            yield kept
+        finally:
+            handle.remove()
+
+
+def tcnn_imports() -> bool:
+    """Whether tiny-cuda-nn is installed and works here."""
+    from nerfstudio.utils.external import TCNN_EXISTS
+
+    return bool(TCNN_EXISTS) and torch.cuda.is_available()
+
+
+class _OptionalLpips(nn.Module):
+    """LPIPS where its weights are on disk already; never a download, never needed for training."""
+
+    def __init__(self, normalize: bool):
+        super().__init__()
+        self.normalize = normalize
+
+    def forward(self, prediction: Float[Tensor, "1 3 H W"], truth: Float[Tensor, "1 3 H W"]) -> Float[Tensor, ""]:
+        """LPIPS, or NaN without its weights."""
+        if not (Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth").exists():
+            return torch.tensor(torch.nan)
+        from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+
+        return learned_perceptual_image_patch_similarity(prediction, truth, normalize=self.normalize)
+
+
+@contextmanager
+def _lpips_optional() -> Iterator[None]:
+    """Nerfacto builds LPIPS whether it is used or not, and its constructor downloads AlexNet: offline it dies."""
+    with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", _OptionalLpips):
+        yield

@@ -1,0 +1,139 @@
+"""The pipeline: owns the prompts and the encoders' names, and tells datamanager and model what they need of them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from ovs3d_nerfstudio.datamanager import OVS3DDataManager, OVS3DDataManagerConfig
+from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.evaluation import Evaluator
+from ovs3d_nerfstudio.features.basis import Basis, fit_basis
+from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
+from ovs3d_nerfstudio.prompts import choose_prompts
+
+# nerfstudio 1.1.5 indexes its cameras in a way that torch ≥ 2.9 warns of, several lines at every step.
+warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
+
+# torch ≥ 2.6 loads nothing but tensors and plain values unless told. nerfstudio's checkpoints hold NumPy scalars (the
+# schedulers' state) and nothing else beyond that, so these are all that is allowed; no code is ever loaded.
+torch.serialization.add_safe_globals(
+    [np.dtype, np.core.multiarray.scalar, *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)}]  # type: ignore[attr-defined]
+)
+
+SAMPLE_CELLS = 8192
+"""Cells kept in a run to know the range of similarities in its scene."""
+
+
+@dataclass
+class OVS3DPipelineConfig(VanillaPipelineConfig):
+    """Prompts, encoders, and what nerfstudio's pipeline has."""
+
+    _target: type = field(default_factory=lambda: OVS3DPipeline)
+    datamanager: OVS3DDataManagerConfig = field(default_factory=OVS3DDataManagerConfig)
+    model: OVS3DModelConfig = field(default_factory=OVS3DModelConfig)
+    prompts: str = ""
+    """What to segment, separated by semicolons: "red apple; banana; white mattress". Name the background too."""
+    prompts_file: Path | None = None
+    """A text file with one prompt a line, in place of `prompts`; without either, the scene's segmentations/classes.txt."""
+    image_text_encoder: str = "open_clip:ViT-B-16@openai"
+    """What embeds patches and prompts: open_clip:MODEL@TAG_OR_FILE, offline (no download; knows little), or a plugin's."""
+    token_encoder: str = "dino:facebook/dino-vitb8"
+    """What FDA compares pixels by: dino:NAME_OR_FOLDER (DINO, DINOv2, DINOv3), offline, or a plugin's."""
+
+
+class OVS3DPipeline(VanillaPipeline):
+    """Extracts features when training asks for its first batch; everything else opens without features or encoders."""
+
+    config: OVS3DPipelineConfig
+    datamanager: OVS3DDataManager
+
+    def __init__(self, config: OVS3DPipelineConfig, device: str, test_mode="val", *args: Any, **kwargs: Any):
+        config.model.num_scales = len(config.datamanager.scales)
+        super().__init__(config, device, test_mode, *args, **kwargs)
+        self.chosen_prompts: list[str] = []
+        if test_mode == "val":
+            data = self.datamanager.config.data
+            self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
+            CONSOLE.print(origin)
+
+        self.model.evaluator = self._evaluator()
+
+    def _evaluator(self) -> Evaluator | None:
+        datamanager = self.datamanager
+        data = datamanager.config.data
+        if data is None:
+            return None
+        split = datamanager.eval_dataset.image_filenames
+        return Evaluator.of_scene(Path(data), split, [*datamanager.train_dataset.image_filenames, *split])
+
+    @property
+    def model(self) -> OVS3DModel:
+        return super().model  # type: ignore[return-value]
+
+    def prepare_features(self) -> None:
+        """Extract, fit the basis, embed the prompts. A resumed run keeps the basis of its checkpoint."""
+        config, segmenter = self.config, self.model.segmenter
+        encoder = image_text_encoder(config.image_text_encoder, self.device)
+        views = self.datamanager.extract_features(encoder, token_encoder(config.token_encoder, self.device))
+        text = encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)
+        if segmenter.ready:
+            basis = Basis(segmenter.basis.cpu(), float("nan"))
+        else:
+            basis, _ = fit_basis(views, text, config.model.basis_dim, config.model.basis_energy)
+            CONSOLE.print(
+                f"Features: {basis.vectors.shape[1]} of {basis.vectors.shape[0]} dimensions hold {basis.energy:.1%} of the scene."
+            )
+        teachers = self.datamanager.teach(views, basis)
+        chosen = torch.randperm(len(teachers.cells), device=teachers.cells.device)[:SAMPLE_CELLS]
+        segmenter.configure(
+            self.chosen_prompts,
+            text,
+            basis.vectors,
+            teachers.cells[chosen],
+            config.image_text_encoder,
+            encoder.fingerprint,
+        )
+        self.model.semantic_field.resize(basis.vectors.shape[1])
+
+    def get_train_loss_dict(self, step: int):
+        if self.datamanager.teachers is None:
+            self.prepare_features()
+        ray_bundle, batch = self.datamanager.next_train(step)
+        semantics = step >= self.config.model.semantics_start
+        window_rays = None
+        if semantics:
+            batch["teachers"] = self.datamanager.next_teachers(batch)
+            batch["fda"] = step >= self.config.model.fda_start
+            if self.config.model.patch_loss_mult or batch["fda"]:
+                drawn = self.datamanager.next_windows()
+                if drawn is not None:
+                    window_rays, batch["windows"] = drawn
+        # Everything that is learned from goes through one call, as DDP wants it.
+        outputs = self._model(ray_bundle, semantics, window_rays)
+        metrics_dict = self.model.get_metrics_dict(outputs, batch)
+        loss_dict = self.model.get_loss_dict(outputs, batch, metrics_dict)
+        return outputs, loss_dict, metrics_dict
+
+    def get_eval_image_metrics_and_images(self, step: int):
+        metrics, images = super().get_eval_image_metrics_and_images(step)
+        return metrics | self._segmentation_metrics(), images
+
+    def get_average_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return super().get_average_image_metrics(*args, **kwargs) | self._segmentation_metrics()
+
+    def _segmentation_metrics(self) -> dict[str, float]:
+        """What the model's evaluator has gathered since the last call."""
+        evaluator = self.model.evaluator
+        if evaluator is None:
+            return {}
+        metrics = evaluator.flat_summary()
+        evaluator.records.clear()
+        return metrics

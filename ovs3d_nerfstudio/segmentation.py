@@ -1,0 +1,135 @@
+"""From coefficients to answers: similarities, probabilities, labels, relevancies, and a fixed PCA for pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ovs3d_nerfstudio.palette import colors_for
+
+
+class Segmenter(nn.Module):
+    """What a run knows of text: its basis, its prompts with their embeddings, and its scene's range of similarities.
+
+    All of it lies in the checkpoint, so that a render needs no encoder. Built empty; filled by `configure` or by a
+    checkpoint.
+    """
+
+    basis: Tensor
+    text: Tensor
+    sample: Tensor
+    pca: Tensor
+    pca_range: Tensor
+    range: Tensor
+    colors: Tensor
+    spread: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts: list[str] = []
+        """The classes, in the order of their labels."""
+        self.encoder = ""
+        """Spec of the image-text encoder that the features and the prompts were embedded with."""
+        self.fingerprint = ""
+        self.register_buffer("basis", torch.zeros(0, 0))
+        self.register_buffer("text", torch.zeros(0, 0))
+        self.register_buffer("sample", torch.zeros(0, 0))
+        self.register_buffer("pca", torch.zeros(0, 3))
+        self.register_buffer("pca_range", torch.zeros(2, 3))
+        self.register_buffer("range", torch.zeros(2, 0))
+        self.register_buffer("colors", torch.zeros(0, 3))
+        self.register_buffer("spread", torch.ones(()))
+
+    def configure(
+        self,
+        prompts: Sequence[str],
+        text: Float[Tensor, "C D"],
+        basis: Float[Tensor, "D K"],
+        sample: Float[Tensor, "n K"],
+        encoder: str,
+        fingerprint: str,
+    ) -> None:
+        """Set everything. `sample` are coefficients of cells drawn from the whole scene."""
+        device = self.basis.device
+        self.prompts, self.encoder, self.fingerprint = list(prompts), encoder, fingerprint
+        self.basis, self.text = basis.to(device), text.to(device).float()
+        self.sample = F.normalize(sample.to(device).float(), dim=-1)
+        centred = self.sample - self.sample.mean(0)
+        _, vectors = torch.linalg.eigh(centred.T @ centred)
+        # The sign of an eigenvector is arbitrary: fix it, so that the same scene has the same colours in every run.
+        leading = vectors[:, -3:].flip(1)
+        self.pca = leading * leading.sum(0).sign()
+        self.pca_range = _quantiles(self.sample @ self.pca, 0.02, 0.98)
+        self.range = self.similarity_range(self.text)
+        self.colors = torch.from_numpy(colors_for(self.prompts, self.prompts)).to(device)
+        if len(self.prompts) > 1:
+            self.spread = (self.sample @ self.project(self.text)).std(-1).mean()
+
+    @property
+    def ready(self) -> bool:
+        """Whether features have been seen: before that there is nothing to answer with."""
+        return self.basis.numel() > 0
+
+    def project(self, text: Float[Tensor, "C D"]) -> Float[Tensor, "K C"]:
+        """Text embeddings in the basis, ready to be multiplied by normalised coefficients."""
+        return self.basis.T @ text.to(self.basis).T
+
+    def similarity_range(self, text: Float[Tensor, "C D"]) -> Float[Tensor, "2 C"]:
+        """The 1st and 99th percentile over the scene of the similarity with each prompt."""
+        return _quantiles(self.sample @ self.project(text), 0.01, 0.99)
+
+    def similarities(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n C"]:
+        """z_c = cos(f, t_c) with every training prompt (3D-OVS §3.2)."""
+        return F.normalize(coefficients, dim=-1) @ self.project(self.text)
+
+    def relevancies(self, similarities: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
+        """Similarities stretched by their range over the scene: 0 where a prompt is as absent as anywhere, 1 where it
+        is as present as anywhere."""
+        low, high = self.range
+        return (similarities - low) / (high - low).clamp(min=1e-6)
+
+    def output_names(self) -> list[str]:
+        """One name a prompt for its relevancy map; nerfstudio reads "rgb" in a name as colour, so it must not occur."""
+        names: list[str] = []
+        for prompt in self.prompts:
+            base = "relevancy_" + "_".join(re.sub("rgb", "r-g-b", prompt, flags=re.IGNORECASE).split())
+            name, n = base, 2
+            while name in names:
+                name, n = f"{base}_{n}", n + 1
+            names.append(name)
+        return names
+
+    def labels(self, scores: Float[Tensor, "*n C"]) -> Int[Tensor, "*n"]:
+        return scores.argmax(-1)
+
+    def labels_of(self, colors: Float[Tensor, "*n 3"]) -> Int[Tensor, "*n"]:
+        """The labels that were painted as `colors`."""
+        return torch.cdist(colors.reshape(-1, 3), self.colors.to(colors)).argmin(-1).view(colors.shape[:-1])
+
+    def pca_colors(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n 3"]:
+        """Coefficients as colours in [0, 1] by the run's own three principal directions: the same in every frame."""
+        low, high = self.pca_range
+        return ((F.normalize(coefficients, dim=-1) @ self.pca - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+
+    def get_extra_state(self) -> dict:
+        return {"prompts": self.prompts, "encoder": self.encoder, "fingerprint": self.fingerprint}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.prompts = [str(prompt) for prompt in state["prompts"]]
+        self.encoder, self.fingerprint = str(state["encoder"]), str(state["fingerprint"])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # A run's buffers have sizes that its config does not tell: take them from the checkpoint.
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=buffer.device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _quantiles(values: Float[Tensor, "n C"], low: float, high: float) -> Float[Tensor, "2 C"]:
+    return torch.quantile(values, torch.tensor([low, high]).to(values), dim=0)

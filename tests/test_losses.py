@@ -1,0 +1,117 @@
+"""The losses against the slow, obvious formula (3D-OVS §3.2–3.3)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ovs3d_nerfstudio import losses
+from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows
+
+
+def distributions(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).log_softmax(-1)
+
+
+def slow_kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True) if a > 0)
+
+
+def slow_js(p, q):
+    m = (p + q) / 2
+    return (slow_kl(p, m) + slow_kl(q, m)) / 2
+
+
+def test_js_is_the_mean_divergence_from_the_mixture():
+    log_p, log_q = distributions(6, 4), distributions(6, 4, seed=1)
+    expected = [slow_js(p, q) for p, q in zip(log_p.exp(), log_q.exp(), strict=True)]
+    assert torch.allclose(losses.js_divergence(log_p, log_q), torch.tensor(expected, dtype=torch.float64), atol=1e-12)
+
+
+def test_js_ends_at_ln_2_where_kl_does_not():
+    log_p = torch.tensor([[50.0, 0.0]], dtype=torch.float64).log_softmax(-1)
+    log_q = log_p.flip(-1)
+    assert losses.js_divergence(log_p, log_q).item() == pytest.approx(math.log(2))
+    assert losses.kl_divergence(log_p, log_q).item() == pytest.approx(50)
+
+
+def test_js_of_equal_distributions_is_zero_with_a_finite_gradient():
+    logits = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    value = losses.js_divergence(logits.log_softmax(-1), logits.log_softmax(-1)).sum()
+    value.backward()
+    assert value.item() == 0 and torch.isfinite(logits.grad).all()
+
+
+def slow_fda(p, tokens, pairs, shift, divergence, rebalance):
+    positive, negative, count_p, count_n, count = 0.0, 0.0, 0, 0, 0
+    for w in range(len(p)):
+        for a, b in zip(*pairs[:, w].tolist(), strict=True):
+            g = F.cosine_similarity(tokens[w, a], tokens[w, b], dim=0).item() - shift
+            j = (slow_js if divergence == "js" else slow_kl)(p[w, a], p[w, b])
+            positive, count_p = positive + max(g, 0) * j, count_p + (g > 0)
+            negative, count_n = negative + min(g, 0) * j, count_n + (g < 0)
+            count += 1
+    return (positive / count_p, negative / count_n) if rebalance else (positive / count, negative / count)
+
+
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("rebalance", [True, False])
+def test_fda_is_the_loop_over_pairs(divergence, rebalance):
+    log_p = distributions(2, 5, 3)
+    tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    pairs = losses.sample_pairs(2, 5, 25, "cpu")
+    fast = losses.fda_loss(log_p, tokens, pairs, 0.1, divergence, rebalance)
+    slow = slow_fda(log_p.exp(), tokens, pairs, 0.1, divergence, rebalance)
+    assert [value.item() for value in fast] == pytest.approx(slow, abs=1e-12)
+
+
+def test_fda_has_the_right_gradient():
+    logits = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    pairs = losses.sample_pairs(1, 4, 16, "cpu")
+    for part in (0, 1):
+        assert torch.autograd.gradcheck(
+            lambda x, part=part: losses.fda_loss(x.log_softmax(-1), tokens, pairs, 0.1)[part], (logits,)
+        )
+
+
+def test_all_pairs_are_taken_when_they_fit_and_a_subset_when_not():
+    every = losses.sample_pairs(2, 4, 16, "cpu")
+    assert sorted(zip(*every[:, 1].tolist(), strict=True)) == [(a, b) for a in range(4) for b in range(4)]
+    assert losses.sample_pairs(3, 100, 64, "cpu").shape == (2, 3, 64)
+
+
+def test_rda_is_zero_only_for_equal_distributions():
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    assert losses.rda_loss(logits, logits + 3).item() == pytest.approx(0, abs=1e-15)
+    expected = sum(slow_js(p, q) for p, q in zip(logits.softmax(-1), logits.flip(0).softmax(-1), strict=True)) / 5
+    assert losses.rda_loss(logits, logits.flip(0)).item() == pytest.approx(expected)
+
+
+def test_rda_and_feature_loss_have_the_right_gradient():
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64, requires_grad=True)
+    y = torch.randn(4, 3, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: losses.rda_loss(x, y), (x,))
+    assert torch.autograd.gradcheck(lambda x: losses.cosine_loss(x, y), (x,))
+
+
+def test_feature_loss_is_one_minus_cosine():
+    x, y = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 2.0], [5.0, 5.0]])
+    assert losses.cosine_loss(x, y).item() == pytest.approx((1 + 0) / 2)
+
+
+def test_patch_loss_is_zero_when_blurred_features_give_the_patches_back():
+    generator = torch.Generator().manual_seed(9)
+    features = torch.randn(1, 4, 4, 5, generator=generator, dtype=torch.float64)
+    rows = torch.tensor([[0.5, 0.5, 0, 0], [0, 0.25, 0.5, 0.25]], dtype=torch.float64)
+    cols = torch.tensor([[0, 1.0, 0, 0]], dtype=torch.float64)
+    slow = torch.stack(
+        [sum(r[i] * c[j] * features[0, i, j] for i in range(4) for j in range(4)) for r in rows for c in cols]
+    )
+    group = PatchGroup(rows, cols.expand(2, 4), 3 * slow)
+    windows = Windows(torch.zeros(16, 3), torch.zeros(1, 16, 2), [group], 4)
+    assert losses.patch_loss(features.view(16, 5), windows).item() == pytest.approx(0, abs=1e-12)
+    group.coefficients = -group.coefficients
+    assert losses.patch_loss(features.view(16, 5), windows).item() == pytest.approx(2)
