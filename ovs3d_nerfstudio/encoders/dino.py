@@ -133,6 +133,7 @@ class DinoEncoder(TokenEncoder):
 
     def _unreachable(self, error: Exception) -> EncoderError:
         return EncoderError(
-            f"The token encoder '{self.name}' cannot be loaded ({reason(error)}); give a model of the hub while online, "
-            "a folder saved by transformers as dino:FOLDER, or use the token encoder 'offline'."
+            f"The token encoder '{self.name}' cannot be loaded ({reason(error)}); "
+            "give a model of the hub while online, a folder saved by transformers as dino:FOLDER, "
+            "or use the token encoder 'offline'."
         )

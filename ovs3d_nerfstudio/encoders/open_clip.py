@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class OpenClipEncoder(ImageTextEncoder):
     """A model of the open_clip package. Option: `MODEL@WEIGHTS`, or `MODEL` alone for its `openai` weights.
 
-    WEIGHTS is a tag of open_clip's list, downloaded once, or a local file (.safetensors, or .pt and .bin that hold plain
-    tensors). Without an option: ViT-B-16@openai, as in the paper. A local copy of OpenAI's weights needs the model whose
-    name ends in -quickgelu; for a tag the activation is set as its weights need it.
+    WEIGHTS is a tag of open_clip's list, downloaded once, or a local file (.safetensors, or .pt and .bin that hold
+    plain tensors). Without an option: ViT-B-16@openai, as in the paper. A local copy of OpenAI's weights needs the
+    model whose name ends in -quickgelu; for a tag the activation is set as its weights need it.
     """
 
     def __init__(self, option: str, device: torch.device | str):
@@ -40,7 +41,8 @@ class OpenClipEncoder(ImageTextEncoder):
         config = open_clip.get_model_config(self.model_name)
         if config is None:
             raise EncoderError(
-                f"open_clip has no model '{name}'; `python -c 'import open_clip; print(open_clip.list_models())'` lists them."
+                f"open_clip has no model '{name}'; this lists them: "
+                "python -c 'import open_clip; print(open_clip.list_models())'"
             )
         self.weights = weights or "openai"
         tags = open_clip.list_pretrained_tags_by_model(self.model_name)
@@ -104,8 +106,8 @@ class OpenClipEncoder(ImageTextEncoder):
             tokens = open_clip.get_tokenizer(self.model_name)(list(prompts))
         except Exception as error:
             raise EncoderError(
-                f"The tokenizer of {self.model_name} cannot be loaded ({reason(error)}); it comes from the model hub, "
-                "so allow the download once, or choose a ViT model of OpenAI's kind, whose tokenizer is part of open_clip."
+                f"The tokenizer of {self.model_name} cannot be loaded ({reason(error)}); it comes from a hub: "
+                "go online once, or choose a model such as ViT-B-16, whose tokenizer is part of open_clip."
             ) from error
         with torch.inference_mode():
             return normalize(self._text.encode_text(tokens.to(self.device)).float(), dim=-1).cpu().clone()
@@ -129,6 +131,9 @@ class OpenClipEncoder(ImageTextEncoder):
         import open_clip
 
         file = self._file or self._download()
+        # open_clip < 2.29 has no such argument; there torch's own default (2.6 and later) is what keeps code from running.
+        known = signature(open_clip.create_model).parameters
+        safely = {"load_weights_only": True} if "load_weights_only" in known else {}
         try:
             model = open_clip.create_model(
                 self.model_name,
@@ -136,7 +141,7 @@ class OpenClipEncoder(ImageTextEncoder):
                 precision="fp16" if self._dtype is torch.float16 else "fp32",
                 device=self.device,
                 force_quick_gelu=self.quick_gelu,
-                load_weights_only=True,
+                **safely,
             )
         except Exception as error:
             raise EncoderError(
@@ -153,5 +158,5 @@ class OpenClipEncoder(ImageTextEncoder):
         except Exception as error:
             raise EncoderError(
                 f"The weights '{self.weights}' of {self.model_name} cannot be downloaded ({reason(error)}); "
-                f"go online once, or name a local copy as open_clip:{self.model_name}@FILE, or use the encoder 'offline'."
+                f"go online once, name a local copy as open_clip:{self.model_name}@FILE, or use the encoder 'offline'."
             ) from error
