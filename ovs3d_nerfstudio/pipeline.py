@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.model_components.scene_colliders import NearFarCollider
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 
+from ovs3d_nerfstudio.annotations import AnnotationError
+from ovs3d_nerfstudio.coverage import covered_depth
 from ovs3d_nerfstudio.datamanager import OVS3DDataManager, OVS3DDataManagerConfig
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.encoders.base import EncoderError, image_text_encoder, token_encoder
 from ovs3d_nerfstudio.evaluation import Evaluator
 from ovs3d_nerfstudio.features.basis import Basis, fit_basis
+from ovs3d_nerfstudio.features.cache import CacheError
+from ovs3d_nerfstudio.features.extraction import PictureError
 from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
-from ovs3d_nerfstudio.prompts import choose_prompts
+from ovs3d_nerfstudio.palette import save_legend
+from ovs3d_nerfstudio.prompts import PromptError, choose_prompts
 
 # nerfstudio 1.1.5 indexes its cameras in a way that torch ≥ 2.9 warns of, several lines at every step.
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
@@ -28,8 +38,21 @@ torch.serialization.add_safe_globals(
     [np.dtype, np.core.multiarray.scalar, *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)}]  # type: ignore[attr-defined]
 )
 
+NEAR_SHARE = 0.8
+"""Share of the depth at which views begin to overlap at which rays start."""
+
 SAMPLE_CELLS = 8192
 """Cells kept in a run to know the range of similarities in its scene."""
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """What a user can mend ends the command with its sentence, not with a traceback."""
+    try:
+        yield
+    except (PromptError, AnnotationError, EncoderError, PictureError, CacheError) as error:
+        CONSOLE.print(f"[bold red]Error:[/bold red] {escape(str(error))}")
+        raise SystemExit(1) from None
 
 
 @dataclass
@@ -45,6 +68,8 @@ class OVS3DPipelineConfig(VanillaPipelineConfig):
     """A text file with one prompt a line, in place of `prompts`; without either, the scene's segmentations/classes.txt."""
     image_text_encoder: str = "open_clip:ViT-B-16@openai"
     """What embeds patches and prompts: open_clip:MODEL@TAG_OR_FILE, offline (no download; knows little), or a plugin's."""
+    auto_near: bool = True
+    """Start rays shortly before the depth from which on at least three cameras see a point; less floats before the lens."""
     token_encoder: str = "dino:facebook/dino-vitb8"
     """What FDA compares pixels by: dino:NAME_OR_FOLDER (DINO, DINOv2, DINOv3), offline, or a plugin's."""
 
@@ -65,6 +90,18 @@ class OVS3DPipeline(VanillaPipeline):
             CONSOLE.print(origin)
 
         self.model.evaluator = self._evaluator()
+
+    def _start_rays_where_views_overlap(self) -> None:
+        """Moves the near plane outwards. It depends on the cameras alone, so a run opens with the one it was trained with."""
+        depth = covered_depth(self.datamanager.train_dataset.cameras)
+        near = self.config.model.near_plane
+        if depth is None or NEAR_SHARE * depth <= near or not isinstance(self.model.collider, NearFarCollider):
+            return
+        self.model.collider.near_plane = NEAR_SHARE * depth
+        CONSOLE.print(
+            f"Rays start at {NEAR_SHARE * depth:.3f}: the views overlap from {depth:.3f} on "
+            "(--pipeline.auto-near False for the near plane of the config)."
+        )
 
     def _evaluator(self) -> Evaluator | None:
         datamanager = self.datamanager
@@ -102,10 +139,20 @@ class OVS3DPipeline(VanillaPipeline):
             encoder.fingerprint,
         )
         self.model.semantic_field.resize(basis.vectors.shape[1])
+        if self.run_folder is not None and self.chosen_prompts:
+            save_legend(self.run_folder / "legend.png", self.chosen_prompts, segmenter.colors.cpu())
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        trainer = training_callback_attributes.trainer
+        self.run_folder = trainer.base_dir if trainer is not None else None
+        return super().get_training_callbacks(training_callback_attributes)
 
     def get_train_loss_dict(self, step: int):
         if self.datamanager.teachers is None:
-            self.prepare_features()
+            with _user_errors():
+                self.prepare_features()
         ray_bundle, batch = self.datamanager.next_train(step)
         semantics = step >= self.config.model.semantics_start
         window_rays = None

@@ -1,0 +1,164 @@
+"""The pipeline in one process: real encoders on small checkpoints, no prompts, resuming, and what a user does wrong."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.engine.optimizers import Optimizers
+from transformers import ViTConfig, ViTModel
+
+from ovs3d_nerfstudio.model import OVS3DModel
+from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+
+CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, str]:
+    """Specs of an open_clip file and a transformers folder with random weights."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"] = CLIP
+    torch.save(open_clip.create_model("tiny-ovs3d", pretrained=None).state_dict(), folder / "clip.pt")
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(**size, patch_size=8, image_size=64)).save_pretrained(folder / "dino")
+    yield {
+        "image_text_encoder": f"open_clip:tiny-ovs3d@{folder / 'clip.pt'}",
+        "token_encoder": f"dino:{folder / 'dino'}",
+    }
+    del open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"]
+
+
+def pipeline(data: Path, test_mode="val", model=(), **settings) -> OVS3DPipeline:
+    """`ovs3d-lite` with a few rays, without a command."""
+    config = copy.deepcopy(all_methods["ovs3d-lite"].pipeline)
+    config.datamanager.data = data
+    config.datamanager.train_num_rays_per_batch = 64
+    config.datamanager.eval_num_rays_per_batch = 64
+    config.datamanager.num_windows = 1
+    config.datamanager.window_size = 4
+    config.datamanager.scales = (2.0, 3.0)
+    config.model.semantics_start, config.model.fda_start = 1, 2
+    for name, value in {**dict(model)}.items():
+        setattr(config.model, name, value)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return config.setup(device="cpu", test_mode=test_mode)
+
+
+def train(trained: OVS3DPipeline, first: int, last: int) -> list[dict[str, float]]:
+    optimizers = Optimizers(copy.deepcopy(all_methods["ovs3d-lite"].optimizers), trained.get_param_groups())
+    trained.train()
+    history = []
+    for step in range(first, last):
+        optimizers.zero_grad_all()
+        _, losses, _ = trained.get_train_loss_dict(step)
+        sum(losses.values()).backward()
+        optimizers.optimizer_step_all()
+        history.append({name: float(value) for name, value in losses.items()})
+    return history
+
+
+@pytest.fixture
+def data(scene, tmp_path) -> Path:
+    return shutil.copytree(scene, tmp_path / "scene", ignore=shutil.ignore_patterns(".ovs3d-cache"))
+
+
+def test_clip_and_dino_checkpoints_train_for_real(data, checkpoints):
+    history = train(pipeline(data, **checkpoints, prompts="a cat; a rocket"), 0, 5)
+    assert {"rgb_loss", "feature_loss", "patch_loss", "rda_loss"} <= set(history[1])
+    assert "fda_positive_loss" not in history[1] and {"fda_positive_loss", "fda_negative_loss"} <= set(history[3])
+    assert all(torch.isfinite(torch.tensor(value)) for step in history for value in step.values())
+    assert history[0].keys() == {"rgb_loss", "interlevel_loss", "distortion_loss"}
+
+
+def test_features_wait_until_training_asks_for_a_batch(data, checkpoints):
+    trained = pipeline(data, **checkpoints, prompts="a cat; a rocket")
+    assert not (data / ".ovs3d-cache").exists()
+    train(trained, 0, 1)
+    assert len(list((data / ".ovs3d-cache").glob("pyramid-*/*.safetensors"))) == 8
+
+
+def test_without_prompts_the_features_are_learned_alone_and_it_is_said(data, checkpoints, capsys):
+    shutil.rmtree(data / "segmentations")
+    trained = pipeline(data, **checkpoints)
+    assert "prompt" in capsys.readouterr().out
+    history = train(trained, 0, 4)
+    assert "feature_loss" in history[-1] and not any("fda" in name or "rda" in name for name in history[-1])
+    trained.eval()
+    outputs = trained.model.get_outputs_for_camera(trained.datamanager.eval_dataset.cameras[:1])
+    assert "features_pca" in outputs and "segmentation" not in outputs
+
+
+def test_a_run_opens_and_renders_the_same_from_its_state_alone(data, checkpoints):
+    trained = pipeline(data, **checkpoints, prompts="a cat; a rocket; rgb cube")
+    train(trained, 0, 4)
+    opened = pipeline(data, test_mode="test")
+    opened.load_pipeline(copy.deepcopy(trained.state_dict()), 4)
+    assert opened.model.segmenter.prompts == ["a cat", "a rocket", "rgb cube"]
+    camera = trained.datamanager.eval_dataset.cameras[:1]
+    outputs = [p.eval() and p.model.get_outputs_for_camera(camera) for p in (trained, opened)]
+    names = set(outputs[0])
+    assert {"segmentation", "segmentation_overlay", "relevancy_a_cat", "scale", "features_pca"} <= names
+    assert not any("rgb" in name for name in names - {"rgb"})
+    for name in names - {"rgb"}:
+        assert torch.allclose(outputs[0][name], outputs[1][name], atol=1e-5), name
+        if name.startswith(("seg", "rel", "scale", "features")):
+            assert outputs[0][name].shape[-1] in (1, 3) and 0 <= outputs[0][name].min() <= outputs[0][name].max() <= 1
+
+
+def test_a_resumed_run_keeps_its_basis_and_goes_on(data, checkpoints):
+    first = pipeline(data, **checkpoints, prompts="a cat; a rocket")
+    train(first, 0, 3)
+    second = pipeline(data, **checkpoints, prompts="a cat; a rocket")
+    second.load_pipeline(copy.deepcopy(first.state_dict()), 2)
+    basis = second.model.segmenter.basis.clone()
+    train(second, 3, 5)
+    assert torch.equal(second.model.segmenter.basis, basis) and torch.equal(first.model.segmenter.basis, basis)
+
+
+@pytest.mark.parametrize("basis_dim", [0, 7])
+def test_the_basis_can_be_left_out_or_set_by_hand(data, checkpoints, basis_dim):
+    model = {"basis_dim": basis_dim, "basis_energy": 1.0}
+    trained = pipeline(data, model=model, **checkpoints, prompts="a cat; a rocket")
+    train(trained, 0, 2)
+    assert trained.model.semantic_field.dim == (basis_dim or CLIP["embed_dim"])
+
+
+def test_the_semantic_losses_leave_the_density_alone_unless_asked(data, checkpoints):
+    for detach in (True, False):
+        trained = pipeline(data, model={"detach_density": detach}, **checkpoints, prompts="a cat; a rocket")
+        trained.train()
+        _, losses, _ = trained.get_train_loss_dict(3)
+        sum(value for name, value in losses.items() if name in ("feature_loss", "patch_loss", "rda_loss")).backward()
+        gradients = [p.grad for p in trained.model.field.parameters() if p.grad is not None]
+        assert any(g.abs().sum() > 0 for g in gradients) is not detach
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"image_text_encoder": "clipp"}, "There is no encoder 'clipp'"),
+        ({"token_encoder": "dino:/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"image_text_encoder": "open_clip:ViT-B-16@/nowhere.pt"}, "/nowhere.pt"),
+        ({"prompts": " ; ;"}, "no prompt"),
+        ({"prompts": "a", "prompts_file": Path("b.txt")}, "prompts"),
+    ],
+)
+def test_a_users_mistake_ends_with_a_sentence(data, checkpoints, capsys, settings, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        pipeline(data, **{**checkpoints, **settings}).get_train_loss_dict(0)
+    assert stopped.value.code == 1
+    assert sentence.lower() in capsys.readouterr().out.replace("\n", " ").lower()
+
+
+def test_tiny_cuda_nn_is_no_requirement(data):
+    model = pipeline(data).model
+    assert isinstance(model, OVS3DModel) and model.config.implementation == "torch"
