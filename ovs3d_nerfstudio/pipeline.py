@@ -83,13 +83,16 @@ class OVS3DPipeline(VanillaPipeline):
     def __init__(self, config: OVS3DPipelineConfig, device: str, test_mode="val", *args: Any, **kwargs: Any):
         config.model.num_scales = len(config.datamanager.scales)
         super().__init__(config, device, test_mode, *args, **kwargs)
+        if config.auto_near:
+            self._start_rays_where_views_overlap()
         self.chosen_prompts: list[str] = []
-        if test_mode == "val":
-            data = self.datamanager.config.data
-            self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
-            CONSOLE.print(origin)
-
-        self.model.evaluator = self._evaluator()
+        self.run_folder: Path | None = None
+        with _user_errors():
+            if test_mode == "val":
+                data = self.datamanager.config.data
+                self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
+                CONSOLE.print(escape(origin))
+            self.model.evaluator = self._evaluator()
 
     def _start_rays_where_views_overlap(self) -> None:
         """Moves the near plane outwards. It depends on the cameras alone, so a run opens with the one it was trained with."""

@@ -132,4 +132,6 @@ class Segmenter(nn.Module):
 
 
 def _quantiles(values: Float[Tensor, "n C"], low: float, high: float) -> Float[Tensor, "2 C"]:
+    if not values.shape[1]:  # no prompts, and torch refuses to take quantiles of nothing
+        return values.new_zeros(2, 0)
     return torch.quantile(values, torch.tensor([low, high]).to(values), dim=0)
