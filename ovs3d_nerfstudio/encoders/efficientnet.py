@@ -120,15 +120,9 @@ class EfficientNetLite0(nn.Module):
             start = end + 1
         return outputs
 
-    def finish(self, maps: Float[Tensor, "B C h w"], stage: int) -> Float[Tensor, "B 1280 h w"]:
-        """The last feature map, stride 32, from the output of `stage`."""
-        for block in self._blocks[self.last_blocks[stage - 1] + 1 :]:
-            maps = block(maps)
-        return relu6(self._bn1(self._conv_head(maps)), inplace=True)
-
     def head(self, pictures: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1280 h w"]:
         """The last feature map, stride 32; its mean over a crop is what `logits` takes."""
-        return self.finish(self.stages(pictures)[-1], 7)
+        return relu6(self._bn1(self._conv_head(self.stages(pictures)[-1])), inplace=True)
 
     def logits(self, pooled: Float[Tensor, "B 1280"]) -> Float[Tensor, "B 1000"]:
         """Scores of the 1,000 ImageNet classes (ILSVRC 2012 order)."""

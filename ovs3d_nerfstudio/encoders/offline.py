@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample, interpolate, normalize, pad
-from torchvision.ops import roi_align
 
 from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, TokenEncoder, file_digest
 from ovs3d_nerfstudio.encoders.efficientnet import (
@@ -145,9 +144,8 @@ class ConseEncoder(ImageTextEncoder):
     """ConSE (Norouzi et al., *Zero-Shot Learning by Convex Combination of Semantic Embeddings*, 2014).
 
     A crop's embedding is the mean of MiniLM's embeddings of the names of its most probable ImageNet classes, weighted
-    by their probabilities. Option `pooled` (default) runs the first five of the network's seven stages once over the
-    whole picture and the rest on every box's share of that map; `crops` runs all of it on every box by itself: much
-    slower, and what other image-text encoders do.
+    by their probabilities. Option `pooled` (default) runs the network once over the whole picture and pools its last map
+    over every box; `crops` runs it on every box by itself: much slower, and what other image-text encoders do.
     """
 
     likely_classes = 10
@@ -156,9 +154,6 @@ class ConseEncoder(ImageTextEncoder):
     """Least and most pixels of a box's side when the picture is resized for `pooled`; in between, a box keeps its own.
     The network was trained at 224, but finds less in a small patch enlarged so far: on a rendered table with patches of
     36 to 72 pixels, 128 beat 96, 160 and 224 by the mIoU of the pyramid's argmax."""
-    shared_stages = 5
-    """Stages run once for all boxes in `pooled`. Sharing all seven is twice as fast, but each cell of the last map has
-    then seen far beyond its box, and the surfaces around a thing are taken for the thing."""
     max_pixels = 4_000_000
     """Pixels that a picture has at most when it is resized for `pooled`; bounds memory at about 1 GB."""
 
@@ -178,7 +173,7 @@ class ConseEncoder(ImageTextEncoder):
     def fingerprint(self) -> str:
         names = hashlib.sha256("\n".join(_class_names()).encode()).hexdigest()[:16]
         if self.mode == "pooled":
-            way = f"pooled {self.box_pixels} after stage {self.shared_stages} at most {self.max_pixels}"
+            way = f"pooled {self.box_pixels} at most {self.max_pixels}"
         else:
             way = f"crops {self.input_size}"
         return f"conse-1 {way} top {self.likely_classes} {weights_digest()} {text_digest()} {names}"
@@ -195,19 +190,10 @@ class ConseEncoder(ImageTextEncoder):
     ) -> Float[Tensor, "B D"]:
         if self.mode == "crops":
             return super().embed_boxes(picture, boxes, path)
-        stride = STRIDES[self.shared_stages - 1]
-        embeddings = []
         with torch.inference_mode():
             resized, zoom = self._resize(picture, boxes)
-            maps = self._tower().stages(resized, self.shared_stages)[-1]
-            boxes = boxes.to(self.device, torch.float32) * zoom / stride
-            cells = max(1, round(_mean_side(boxes)))
-            for batch in boxes.split(self.batch_size):
-                shares = roi_align(maps, [batch], cells, sampling_ratio=1, aligned=True)
-                shares = shares.contiguous(memory_format=torch.channels_last)
-                pooled = self._tower().finish(shares, self.shared_stages).mean((2, 3))
-                embeddings.append(self._combine(pooled).float().cpu())
-        return torch.cat(embeddings).clone()
+            cells = boxes.to(self.device, torch.float64) * zoom.double() / STRIDES[-1]
+            return self._combine(pool_boxes(self._tower().head(resized)[0], cells)).float().cpu().clone()
 
     def _resize(self, picture: Tensor, boxes: Tensor) -> tuple[Float[Tensor, "1 3 h w"], Float[Tensor, "4"]]:
         """The picture at which boxes have `box_pixels`, and its pixels a pixel of `picture` for x, y, x, y."""
