@@ -1,0 +1,400 @@
+"""The rows of the quality benchmark: what each changes of a method's config, how it is trained, and the references.
+
+A row is either a training run with a few settings changed (`CHANGES` and the three patterns below it), or a reference
+that shows what the field adds: the 2D pyramid alone, its plain average over 3D points, and a run on true labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.utils import writer
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
+from torch import Tensor
+
+from ovs3d_nerfstudio.annotations import Annotations
+from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.evaluation import Evaluator, SegmentedView, evaluate_split
+from ovs3d_nerfstudio.features.basis import scale_cells
+from ovs3d_nerfstudio.features.extraction import extract, read_picture
+from ovs3d_nerfstudio.metrics import match_classes, relabel
+from ovs3d_nerfstudio.model import OVS3DModel
+from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+from ovs3d_nerfstudio.prompts import find_classes_file, read_classes_file, read_prompts_file
+
+SPLITS = ("test", "train")
+"""Held-out protocol, and the paper's: annotated views that are trained on, their labels never."""
+PROCESS = Path("/proc/self")
+NEVER = 10**9
+"""A step that no run reaches."""
+CHANGES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "no-rda": {"model.rda_loss_mult": 0.0},
+    "no-fda": {"model.fda_start": NEVER},
+    "no-fda-negative": {"model.fda_negative_mult": 0.0},
+    "no-rebalance": {"model.fda_rebalance": False},
+    # The paper's losses alone: without the patch loss the others must carry the weight that the paper gives them.
+    "no-patch": {"model.patch_loss_mult": 0.0, "model.feature_loss_mult": 1.0, "model.rda_loss_mult": 1.0},
+    "uniform-scales": {"model.learned_scales": False},
+    "undetached": {"model.detach_density": False},
+    "paper": {},  # filled from the method `ovs3d` by `apply_row`
+    "truth": {
+        "model.feature_loss_mult": 1.0,
+        "model.patch_loss_mult": 0.0,
+        "model.rda_loss_mult": 0.0,
+        "model.fda_start": NEVER,
+    },
+    "pyramid-2d": {},
+    "average-3d": {},
+}
+ROWS = (
+    *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-patch", "scale-5", "scale-7", "scale-10"),
+    *("uniform-scales", "undetached", "views-10", "views-20", "paper", "pyramid-2d", "average-3d", "truth"),
+)
+"""All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N."""
+DEPTH_SHRINK = 1 / 3
+"""Training views' depth is rendered smaller for `average-3d`: cells are larger than three pixels anyway."""
+DEPTH_TOLERANCE = 0.03
+"""A point counts as seen by a view when it is not farther than this share behind what the view renders there."""
+
+
+class QualityError(ValueError):
+    """A row cannot be run as asked; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the rows of one scene, encoder and seed have in common."""
+
+    method: str
+    scene: Path
+    encoder: str
+    seed: int
+    steps: int | None
+    """Training steps; None takes the method's."""
+    output_dir: Path
+    keep_runs: bool = False
+    """Keep checkpoints and logs of the runs."""
+
+    @property
+    def name(self) -> str:
+        return (self.scene.parent if self.scene.is_file() else self.scene).resolve().name
+
+
+@dataclass
+class Outcome:
+    """What was measured of one row."""
+
+    splits: dict[str, tuple[dict, list[SegmentedView]]]
+    """Summary and views of each split that has annotated views."""
+    costs: dict[str, float | None]
+    """Minutes of training and of preparing features (little when they were cached), and peak memory while training."""
+
+
+NO_COSTS: dict[str, float | None] = {"minutes": None, "feature_minutes": None, "peak_memory_gb": None}
+"""Of a reference, which trains nothing."""
+
+
+def check_row(row: str) -> str:
+    """`row` itself. Raises QualityError when there is no such row."""
+    if row in CHANGES or re.fullmatch(r"(scale|views)-\d+|fda-x\d+(\.\d+)?", row):
+        return row
+    raise QualityError(f"There is no row '{row}'; choose of {', '.join(ROWS)}, or scale-N, views-N, fda-xN.")
+
+
+def check_scene(scene: Path) -> list[str]:
+    """The prompts of a scene. Raises QualityError when it has no masks."""
+    classes = find_classes_file(scene)
+    if classes is None:
+        raise QualityError(f"{scene} has no segmentations/classes.txt, so there is nothing to measure.")
+    return read_classes_file(classes)
+
+
+def measure(job: Job, row: str, held: dict[str, OVS3DPipeline]) -> Outcome:
+    """Trains and evaluates one row.
+
+    Args:
+        held: where `full` leaves its pipeline, if it has that key, for `average-3d` to take out.
+    """
+    if row == "pyramid-2d":
+        return _pyramid(job)
+    if row == "average-3d":
+        # Semantic losses do not reach the density, so geometry alone is as good as the run of `full`.
+        pipeline = held.pop("full", None) or train(job, "full", {"model.semantics_start": NEVER})[0]
+        return Outcome(_average(pipeline), NO_COSTS)
+    pipeline, costs = train(job, row, CHANGES.get(row, {}))
+    manager, evaluator, splits = pipeline.datamanager, pipeline.model.evaluator, {}
+    for split, dataset in zip(SPLITS, (manager.eval_dataset, manager.train_dataset), strict=True):
+        if any(path.stem in evaluator.annotations.views for path in dataset.image_filenames):
+            splits[split] = evaluate_split(pipeline, split)
+    if row == "full" and row in held:
+        held[row] = pipeline
+    return Outcome(splits, costs)
+
+
+def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
+    """The method's own config with what `job` and `row` say; everything else is as `ns-train` would have it."""
+    config = copy.deepcopy(all_methods[job.method])
+    config.output_dir, config.experiment_name = job.output_dir / "runs", f"{job.name}-{job.encoder.replace(':', '-')}"
+    config.timestamp, config.vis, config.machine.seed = f"{row}-{job.seed}", "tensorboard", job.seed
+    config.logging.local_writer.enable = False
+    # Evaluation comes after the training, and is not part of its time.
+    config.steps_per_eval_batch = config.steps_per_eval_image = config.steps_per_eval_all_images = 0
+    pipeline = config.pipeline
+    pipeline.image_text_encoder = job.encoder
+    pipeline.datamanager.feature_cache_dir = job.output_dir / "cache"
+    data = job.scene
+    if job.steps is not None:
+        _shorten(config, job.steps)
+    if row.startswith("views-"):
+        data = restrict_views(data, int(row[6:]), job.output_dir / "scenes" / f"{job.name}-{row}")
+    if row.startswith("scale-"):
+        pipeline.datamanager.scales = (float(row[6:]),)
+    if row.startswith("fda-x"):
+        pipeline.model.fda_positive_mult *= float(row[5:])
+        pipeline.model.fda_negative_mult *= float(row[5:])
+    if row == "paper":
+        paper = all_methods["ovs3d"].pipeline.model
+        for name in (field.name for field in fields(paper)):
+            loss = name.endswith("_loss_mult") and name.split("_")[0] in ("feature", "patch", "rda")
+            if loss or (name.startswith("fda_") and name not in ("fda_start", "fda_pairs")):
+                setattr(pipeline.model, name, getattr(paper, name))
+    for path, value in changes.items():
+        part, name = path.split(".")
+        setattr(getattr(pipeline, part), name, value)
+    config.data = pipeline.datamanager.data = data
+    return config
+
+
+def _shorten(config: TrainerConfig, steps: int) -> None:
+    """Another length of training: the schedule's parts keep their shares of it."""
+    share = steps / config.max_num_iterations
+    model = config.pipeline.model
+    model.semantics_start, model.fda_start = round(model.semantics_start * share), round(model.fda_start * share)
+    config.max_num_iterations = steps
+    for group in config.optimizers.values():
+        group["scheduler"].max_steps = steps
+
+
+def train(job: Job, row: str, changes: dict[str, Any]) -> tuple[OVS3DPipeline, dict[str, float | None]]:
+    """Trains with nerfstudio's own trainer, as `ns-train` does, without a viewer. Returns the pipeline and the costs."""
+    config = row_config(job, row, changes)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(job.seed)
+    gc.collect()
+    _reset_peak()
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    pipeline = trainer.pipeline
+    started = time.time()
+    pipeline.prepare_features()
+    if row == "truth":
+        pipeline.datamanager.teachers = TrueTeachers(pipeline)
+        pipeline.datamanager.config.num_windows = 0
+    prepared = time.time()
+    trainer.train()
+    minutes = {"minutes": (time.time() - prepared) / 60, "feature_minutes": (prepared - started) / 60}
+    costs = {**minutes, "peak_memory_gb": _peak()}
+    # nerfstudio's writers are global: the next run would write its events into this one's files too.
+    writer.EVENT_WRITERS.clear()
+    writer.GLOBAL_BUFFER.clear()
+    if not job.keep_runs:
+        shutil.rmtree(trainer.base_dir, ignore_errors=True)
+    return pipeline, costs
+
+
+class TrueTeachers:
+    """Stands in for `Teachers`: a ray is taught the text embedding of its true class, at every scale."""
+
+    def __init__(self, pipeline: OVS3DPipeline):
+        self.num_scales = pipeline.config.model.num_scales
+        paths = pipeline.datamanager.train_dataset.image_filenames
+        folder = paths[0].parent.parent
+        classes = find_classes_file(folder)
+        if classes is None or not (folder / "label_maps").is_dir():
+            raise QualityError(f"The row 'truth' needs the folder {folder / 'label_maps'}; leave the row out.")
+        prompts, listed = pipeline.model.segmenter.prompts, read_prompts_file(classes)
+        # A label map holds line numbers of classes.txt; anything beyond is no class, here the last row, which is zero.
+        order = np.full(256, -1)
+        order[: len(listed)] = [prompts.index(name) for name in listed]
+        maps = [np.asarray(Image.open(folder / "label_maps" / f"{path.stem}.png")) for path in paths]
+        self.labels = torch.from_numpy(order[np.stack(maps)]).to(pipeline.device)
+        segmenter = pipeline.model.segmenter
+        taught = segmenter.project(segmenter.text).T
+        self.taught = torch.cat([taught, torch.zeros_like(taught[:1])])
+
+    def at(self, view: Int[Tensor, " R"], y: Float[Tensor, " R"], x: Float[Tensor, " R"]) -> Float[Tensor, "R S K"]:
+        """Coefficients of the true class of each pixel; `y`, `x` in [0, 1) of the picture's height and width."""
+        _, height, width = self.labels.shape
+        label = self.labels[view, (y * height).long(), (x * width).long()]
+        return self.taught[label][:, None].expand(-1, self.num_scales, -1)
+
+
+def restrict_views(scene: Path, count: int, folder: Path) -> Path:
+    """A transforms.json in `folder` with `count` training views, evenly chosen; held-out views and poses are the same.
+
+    Annotated training views take the places of their nearest neighbours, so that every row is measured on the same views.
+    """
+    file = scene if scene.is_file() else scene / "transforms.json"
+    root, meta = file.parent.resolve(), json.loads(file.read_text())
+    if "train_filenames" not in meta:
+        raise QualityError(f"{file} does not list its train_filenames, so no view can be left out; leave views-N out.")
+    names = sorted(meta["train_filenames"])
+    chosen = set(np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int).tolist())
+    stems = Annotations(root, [Path(frame["file_path"]) for frame in meta["frames"]]).views
+    annotated = [i for i, name in enumerate(names) if Path(name).stem in stems]
+    for i in annotated:
+        if i not in chosen:
+            chosen.remove(min(chosen.difference(annotated), key=lambda j: abs(j - i)))
+            chosen.add(i)
+    meta["train_filenames"] = [names[i] for i in sorted(chosen)]
+    for key in ("train_filenames", "val_filenames", "test_filenames"):
+        meta[key] = [str(root / name) for name in meta.get(key, [])]
+    for frame in meta["frames"]:
+        frame |= {key: str(root / frame[key]) for key in ("file_path", "mask_path", "depth_file_path") if key in frame}
+    if not (folder / "segmentations").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "segmentations").symlink_to(root / "segmentations")
+    (folder / "transforms.json").write_text(json.dumps(meta))
+    return (folder / "transforms.json").resolve()
+
+
+def _score(
+    data: Path, paths: dict[str, list[Path]], prompts: Sequence[str], predict: Callable[[str, int], np.ndarray]
+) -> dict[str, tuple[dict, list[SegmentedView]]]:
+    """What `evaluate_split` does, for labels that no pipeline renders: `predict` gives those of a view of a split."""
+    result = {}
+    for split in SPLITS:
+        evaluator = Evaluator.of_scene(data, paths[split], [path for s in SPLITS for path in paths[s]])
+        assert evaluator is not None, "check_scene comes first"
+        order, views = match_classes(evaluator.annotations.classes, prompts), []
+        for i, name in enumerate(evaluator.views):
+            if name in evaluator.annotations.views:
+                labels = predict(split, i)
+                evaluator.record(i, torch.from_numpy(labels), prompts)
+                truth = relabel(evaluator.truth(i, *labels.shape), order)
+                views.append(SegmentedView(name, read_picture(paths[split][i]).numpy(), labels, truth))
+        if views:
+            result[split] = ({**evaluator.summary(), "psnr": None}, views)
+    return result
+
+
+def _pyramid(job: Job) -> Outcome:
+    """The mean of the normalised cells at each pixel of the evaluated views themselves, compared with the prompts."""
+    config = row_config(job, "pyramid-2d", {})
+    manager, device = config.pipeline.datamanager, config.machine.device_type
+    parser = copy.deepcopy(manager.dataparser)
+    parser.data = manager.data
+    # While it trains, nerfstudio holds the views of `val` out, so these are the ones that the other rows are measured on.
+    paths = {
+        s: parser.setup().get_dataparser_outputs(split=n).image_filenames
+        for s, n in zip(SPLITS, ("val", "train"), strict=True)
+    }
+    prompts = check_scene(job.scene)
+    encoder = image_text_encoder(job.encoder, device)
+    tokens = token_encoder(config.pipeline.token_encoder, device)
+    text = encoder.embed_text(prompts)
+
+    def predict(path: Path) -> np.ndarray:
+        views = extract([path], encoder, tokens, manager.scales, manager.feature_cache_dir, CONSOLE)
+        height, width = views.sizes[0]
+        scores = torch.zeros(height, width, len(prompts))
+        for grid, cells in zip(views.grids(0), scale_cells(views, 0), strict=True):
+            row = ((torch.arange(height) + 0.5) / height * grid.rows).long()
+            col = ((torch.arange(width) + 0.5) / width * grid.cols).long()
+            scores += (cells @ text.T).view(grid.rows, grid.cols, -1)[row][:, col]
+        return scores.argmax(-1).numpy()
+
+    return Outcome(_score(job.scene, paths, prompts, lambda split, i: predict(paths[split][i])), NO_COSTS)
+
+
+def _average(pipeline: OVS3DPipeline) -> dict[str, tuple[dict, list[SegmentedView]]]:
+    """Each pixel's 3D point by the field's own depth; similarities averaged over the training views that see it.
+
+    Points are projected without lens distortion.
+    """
+    pipeline.eval()
+    manager, model = pipeline.datamanager, pipeline.model
+    datasets = {"test": manager.eval_dataset, "train": manager.train_dataset}
+    cameras = manager.train_dataset.cameras.to(pipeline.device)
+    depths = []
+    for i in range(len(cameras)):
+        camera = cameras[i : i + 1]
+        camera.rescale_output_resolution(DEPTH_SHRINK)
+        depths.append(_depth(model, camera)[0])
+    # The same cells as the pyramid's, as similarities with the prompts; the prompts lie in the basis, so nothing is lost.
+    assert manager.teachers is not None, "train() prepared the features"
+    cells = copy.copy(manager.teachers)
+    cells.cells = cells.cells.float() @ model.segmenter.project(model.segmenter.text)
+
+    def predict(camera: Cameras) -> np.ndarray:
+        _, points = _depth(model, camera)
+        total = torch.zeros(*points.shape[:2], len(model.segmenter.prompts), device=points.device)
+        for i, depth in enumerate(depths):
+            y, x, distance = _project(points, cameras[i])
+            inside = (distance > 0) & (y >= 0) & (y < 1) & (x >= 0) & (x < 1)
+            y, x = y[inside], x[inside]
+            there = depth[(y * depth.shape[0]).long(), (x * depth.shape[1]).long()]
+            # What no view sees unhidden is still told by the views that have it in their picture.
+            weight = (distance[inside] < there * (1 + DEPTH_TOLERANCE)).float() + 1e-3
+            total[inside] += weight[:, None] * cells.at(torch.full_like(y, i, dtype=torch.long), y, x).mean(1)
+        return total.argmax(-1).cpu().numpy()
+
+    data, paths = Path(manager.config.data or "."), {s: dataset.image_filenames for s, dataset in datasets.items()}
+    views = {split: dataset.cameras.to(pipeline.device) for split, dataset in datasets.items()}
+    return _score(data, paths, model.segmenter.prompts, lambda split, i: predict(views[split][i : i + 1]))
+
+
+@torch.no_grad()
+def _depth(model: OVS3DModel, camera: Cameras) -> tuple[Float[Tensor, "H W"], Float[Tensor, "H W 3"]]:
+    """Distance along each ray of one camera, and the point there; no semantics are rendered."""
+    rays = camera.generate_rays(camera_indices=0, keep_shape=True)
+    flat, chunk = rays.flatten(), model.config.eval_num_rays_per_chunk
+    parts = [model(flat[i : i + chunk], semantics=False)["depth"] for i in range(0, len(flat), chunk)]
+    depth = torch.cat(parts).view(*rays.shape, 1)
+    return depth[..., 0], rays.origins + depth * rays.directions
+
+
+def _project(
+    points: Float[Tensor, "H W 3"], camera: Cameras
+) -> tuple[Float[Tensor, "H W"], Float[Tensor, "H W"], Float[Tensor, "H W"]]:
+    """Where a pinhole camera sees points, as shares of its height and width, and how far away; −1 when behind it."""
+    pose = camera.camera_to_worlds
+    local = (points - pose[:, 3]) @ pose[:, :3]
+    forward = -local[..., 2].clamp(max=-1e-6)
+    x = (camera.cx + camera.fx * local[..., 0] / forward) / camera.width
+    y = (camera.cy - camera.fy * local[..., 1] / forward) / camera.height
+    return y, x, torch.where(local[..., 2] < 0, local.norm(dim=-1), -1.0)
+
+
+def _reset_peak() -> None:
+    """Start to watch memory: the GPU's, or this process's own (Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif PROCESS.exists():
+        (PROCESS / "clear_refs").write_text("5")
+
+
+def _peak() -> float | None:
+    """Most memory in GB since `_reset_peak`; None where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text()) if PROCESS.exists() else None
+    return int(found[1]) * 1024 / 1e9 if found else None
