@@ -239,6 +239,7 @@ class TrueTeachers:
         segmenter = pipeline.model.segmenter
         taught = segmenter.project(segmenter.text).T
         self.taught = torch.cat([taught, torch.zeros_like(taught[:1])])
+        self.ranges = taught.new_zeros(len(paths), self.num_scales, 2, len(prompts))  # RDA takes no part
 
     def at(self, view: Int[Tensor, " R"], y: Float[Tensor, " R"], x: Float[Tensor, " R"]) -> Float[Tensor, "R S K"]:
         """Coefficients of the true class of each pixel; `y`, `x` in [0, 1) of the picture's height and width."""

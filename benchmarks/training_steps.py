@@ -119,7 +119,7 @@ def profile(run: Run, blocks: int) -> str:
         (model.field, "forward", "field: colour"),
         (model.field, "get_density", "field: density"),
         (model.semantic_field, "forward", "semantic field"),
-        (model, "window_semantics", "windows: weights"),
+        (model, "_heaviest_of_windows", "windows: weights"),
         (model, "render_semantics", "compositing semantics"),
         (model, "get_outputs", "compositing the rest"),
         (model, "get_metrics_dict", "nerfacto's losses and metrics"),

@@ -46,6 +46,7 @@ def _optimizers(steps: int) -> dict:
         "camera_opt": group(1e-3),
         "semantic_grid": group(2e-2),
         "semantic_head": group(1e-3),
+        "patch_mixture": group(1e-2),
     }
 
 
@@ -90,8 +91,9 @@ _lite = _trainer(
         dataparser=NerfstudioDataParserConfig(),
         train_num_rays_per_batch=1024,
         eval_num_rays_per_batch=1024,
-        num_windows=4,
+        num_windows=1,
         window_size=16,
+        rays_a_token=2,
     ),
     OVS3DModelConfig(
         eval_num_rays_per_chunk=1 << 13,
@@ -116,12 +118,14 @@ _lite = _trainer(
         semantic_max_res=512,
         semantic_samples=6,
         semantics_start=300,
-        fda_start=500,
-        # What the paper's losses cannot undo, the patch loss does: see docs/results.md.
+        fda_start=400,
+        # What the paper's losses cannot undo, the patch and the unmixing loss do: see docs/results.md.
         patch_loss_mult=1.0,
+        unmixing_loss_mult=1.0,
         feature_loss_mult=0.1,
         rda_loss_mult=0.1,
-        fda_positive_mult=3.0,
+        rda_range="scene",
+        fda_positive_mult=1.0,
         fda_negative_mult=0.1,
         fda_temperature=0.5,
         fda_temperature_unit="spread",

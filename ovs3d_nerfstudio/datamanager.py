@@ -31,6 +31,8 @@ class OVS3DDataManagerConfig(VanillaDataManagerConfig):
     """Windows drawn a step for FDA (3D-OVS: 8)."""
     window_size: int = 32
     """Side of a window in tokens (3D-OVS: 32)."""
+    rays_a_token: int = 1
+    """Rays along the side of a token of a window: more see a patch's average with less noise (3D-OVS: 1)."""
 
 
 class OVS3DDataManager(VanillaDataManager):
@@ -61,18 +63,20 @@ class OVS3DDataManager(VanillaDataManager):
         self._sizes = torch.cat([cameras.height, cameras.width], -1)
         return self.teachers
 
-    def next_teachers(self, batch: dict) -> Float[Tensor, "R S K"]:
-        """What the pyramid says of the rays of `batch`, one cell a scale."""
+    def next_teachers(self, batch: dict) -> tuple[Float[Tensor, "R S K"], Float[Tensor, "R S 2 C"]]:
+        """What the pyramid says of the rays of `batch`, one cell a scale, and the ranges of their views' similarities."""
         assert self.teachers is not None, "teach() comes first"
         indices = batch["indices"].to(self.device)
         sizes = self._sizes.to(self.device)[indices[:, 0]]
         y, x = ((indices[:, 1:] + 0.5) / sizes).unbind(-1)
-        return self.teachers.at(indices[:, 0], y, x)
+        return self.teachers.at(indices[:, 0], y, x), self.teachers.ranges[indices[:, 0]]
 
     def next_windows(self) -> tuple[RayBundle, Windows] | None:
         """Windows for FDA and the patch loss with their rays, or None when no window is asked for."""
         assert self.teachers is not None, "teach() comes first"
         if self.config.num_windows == 0:
             return None
-        windows = self.teachers.windows(self.config.num_windows, self.config.window_size, self._sizes.cpu())
+        windows = self.teachers.windows(
+            self.config.num_windows, self.config.window_size, self._sizes.cpu(), rays_a_token=self.config.rays_a_token
+        )
         return self.train_ray_generator(windows.indices), windows

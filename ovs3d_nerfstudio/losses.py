@@ -73,19 +73,33 @@ def fda_loss(
     return (positive * j).sum() / count_p, (negative * j).sum() / count_n
 
 
-def patch_loss(coefficients: Float[Tensor, "n K"], windows: Windows) -> Float[Tensor, ""]:
-    """Mean over the windows' patches of 1 − cos(mean of the features inside the patch, the patch's own embedding).
+def patch_loss(
+    rays: Float[Tensor, "n K"], windows: Windows, aperture: Float[Tensor, ""] | float = 0.0
+) -> Float[Tensor, ""]:
+    """Mean over the windows' patches of 1 − cos(mean of the rays inside the patch, the patch's own embedding).
 
     The pyramid blurs: a cell is a mean over patches, and a patch is a mean over what it shows. This loss asks only that
-    the rendered features, blurred in the same way, give the embeddings back, so the field itself may stay sharp. The
-    features come weighed by their saliency and are not normalised: a thing may weigh more in an embedding than its area
-    says.
+    the rendered rays, blurred in the same way, give the embeddings back, so the field itself may stay sharp. The rays
+    are not normalised: a thing may weigh more in an embedding than its area says.
+
+    Args:
+        rays: what each ray of the windows gives to an embedding, window by window.
+        aperture: `a` of the weight exp(−a u²) that a ray has at u ∈ [−1, 1] from a patch's centre, along either axis.
     """
-    rays = coefficients.view(-1, windows.side, windows.side, coefficients.shape[-1])
-    distances = [
-        1
-        - F.cosine_similarity(torch.einsum("pi,pj,ijk->pk", group.rows, group.cols, window), group.coefficients, dim=-1)
-        for group, window in zip(windows.patches, rays, strict=True)
-    ]
+    pictures = rays.view(-1, windows.side, windows.side, rays.shape[-1])
+    distances = []
+    for group, picture in zip(windows.patches, pictures, strict=True):
+        rows, cols = _through(group.rows, aperture), _through(group.cols, aperture)
+        mean = torch.einsum("pi,pj,ijk->pk", rows, cols, picture)
+        distances.append(1 - F.cosine_similarity(mean, group.coefficients, dim=-1))
     # A window may hold no patch at all, and a mean over nothing is NaN.
     return torch.cat(distances).sum() / max(1, sum(map(len, distances)))
+
+
+def _through(coverage: Float[Tensor, "P T"], aperture: Float[Tensor, ""] | float) -> Float[Tensor, "P T"]:
+    """Shares of an interval seen through the aperture; `coverage` is uniform inside the interval and sums to one."""
+    place = torch.arange(coverage.shape[1], device=coverage.device) + 0.5
+    centre = (coverage * place).sum(1, keepdim=True)
+    half = 0.5 / coverage.amax(1, keepdim=True)
+    weighed = coverage * torch.exp(-aperture * ((place - centre) / half).square())
+    return weighed / weighed.sum(1, keepdim=True)

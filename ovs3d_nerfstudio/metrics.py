@@ -144,23 +144,6 @@ def summarise(views: Mapping[str, ViewMetrics], classes: Sequence[str]) -> dict[
     }
 
 
-class SegmentationMetrics:
-    """Collects the metrics of one view after another: `update` for each, then `compute`."""
-
-    def __init__(self, classes: Sequence[str]):
-        self.classes = list(classes)
-        self.views: dict[str, ViewMetrics] = {}
-
-    def update(self, view: str, prediction: Labels, truth: Labels) -> ViewMetrics:
-        """Adds or replaces a view and returns its metrics; arguments and errors as in `view_metrics`."""
-        self.views[view] = view_metrics(prediction, truth, len(self.classes))
-        return self.views[view]
-
-    def compute(self) -> dict[str, Any]:
-        """`summarise` over the views added so far."""
-        return summarise(self.views, self.classes)
-
-
 def _boundary(mask: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
     distance = max(1, round(BOUNDARY_SHARE * math.hypot(*mask.shape)))
     # d erosions by 3×3 are one minimum over 2d+1 squared, which is separable; 0 outside makes the border a

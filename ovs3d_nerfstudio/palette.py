@@ -97,17 +97,6 @@ def colorize(labels: Array, colors: Float[np.ndarray, "C 3"] | Float[Tensor, "C 
     return np.concatenate([np.zeros((1, 3)), _numpy(colors)]).astype(np.float32)[np.maximum(labels + 1, 0)]
 
 
-def overlay(photo: Array, colors: Array, opacity: float) -> Array:
-    """Lays `colors` over `photo`, both `*shape 3` floats in [0, 1]; at `opacity` 0 the photo alone is seen.
-
-    Raises:
-        ValueError: `opacity` is not in [0, 1].
-    """
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"The opacity {opacity} is not between 0 and 1; choose for example 0.5.")
-    return photo * (1 - opacity) + colors * opacity
-
-
 def legend(
     prompts: Sequence[str],
     colors: Float[np.ndarray, "C 3"] | Float[Tensor, "C 3"],

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
-from nerfstudio.model_components.scene_colliders import NearFarCollider
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
 from ovs3d_nerfstudio.annotations import AnnotationError
-from ovs3d_nerfstudio.coverage import covered_depth
 from ovs3d_nerfstudio.datamanager import OVS3DDataManager, OVS3DDataManagerConfig
 from ovs3d_nerfstudio.encoders.base import EncoderError, image_text_encoder, token_encoder
 from ovs3d_nerfstudio.evaluation import Evaluator
@@ -37,9 +35,6 @@ warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multid
 torch.serialization.add_safe_globals(
     [np.dtype, np.core.multiarray.scalar, *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)}]  # type: ignore[attr-defined]
 )
-
-NEAR_SHARE = 0.8
-"""Share of the depth at which views begin to overlap at which rays start."""
 
 SAMPLE_CELLS = 8192
 """Cells kept in a run to know the range of similarities in its scene."""
@@ -68,8 +63,6 @@ class OVS3DPipelineConfig(VanillaPipelineConfig):
     """A text file with one prompt a line, in place of `prompts`; without either, the scene's segmentations/classes.txt."""
     image_text_encoder: str = "open_clip:ViT-B-16@openai"
     """What embeds patches and prompts: open_clip:MODEL@TAG_OR_FILE, offline (no download; knows little), or a plugin's."""
-    auto_near: bool = True
-    """Start rays shortly before the depth from which on at least three cameras see a point; less floats before the lens."""
     token_encoder: str = "dino:facebook/dino-vitb8"
     """What FDA compares pixels by: dino:NAME_OR_FOLDER (DINO, DINOv2, DINOv3), offline, or a plugin's."""
 
@@ -83,8 +76,6 @@ class OVS3DPipeline(VanillaPipeline):
     def __init__(self, config: OVS3DPipelineConfig, device: str, test_mode="val", *args: Any, **kwargs: Any):
         config.model.num_scales = len(config.datamanager.scales)
         super().__init__(config, device, test_mode, *args, **kwargs)
-        if config.auto_near:
-            self._start_rays_where_views_overlap()
         self.chosen_prompts: list[str] = []
         self.run_folder: Path | None = None
         with _user_errors():
@@ -93,18 +84,6 @@ class OVS3DPipeline(VanillaPipeline):
                 self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
                 CONSOLE.print(escape(origin))
             self.model.evaluator = self._evaluator()
-
-    def _start_rays_where_views_overlap(self) -> None:
-        """Moves the near plane outwards. It depends on the cameras alone, so a run opens with the one it was trained with."""
-        depth = covered_depth(self.datamanager.train_dataset.cameras)
-        near = self.config.model.near_plane
-        if depth is None or NEAR_SHARE * depth <= near or not isinstance(self.model.collider, NearFarCollider):
-            return
-        self.model.collider.near_plane = NEAR_SHARE * depth
-        CONSOLE.print(
-            f"Rays start at {NEAR_SHARE * depth:.3f}: the views overlap from {depth:.3f} on "
-            "(--pipeline.auto-near False for the near plane of the config)."
-        )
 
     def _evaluator(self) -> Evaluator | None:
         datamanager = self.datamanager
@@ -124,6 +103,7 @@ class OVS3DPipeline(VanillaPipeline):
         encoder = image_text_encoder(config.image_text_encoder, self.device)
         views = self.datamanager.extract_features(encoder, token_encoder(config.token_encoder, self.device))
         text = encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)
+        known = segmenter.ready and segmenter.prompts == self.chosen_prompts
         if segmenter.ready:
             basis = Basis(segmenter.basis.cpu(), float("nan"))
         else:
@@ -141,6 +121,10 @@ class OVS3DPipeline(VanillaPipeline):
             config.image_text_encoder,
             encoder.fingerprint,
         )
+        prompts = segmenter.project(segmenter.text)
+        teachers.measure_ranges(prompts)
+        if not known:
+            self.model.mixture.configure(prompts)
         self.model.semantic_field.resize(basis.vectors.shape[1])
         if self.run_folder is not None and self.chosen_prompts:
             save_legend(self.run_folder / "legend.png", self.chosen_prompts, segmenter.colors.cpu())
@@ -160,9 +144,11 @@ class OVS3DPipeline(VanillaPipeline):
         semantics = step >= self.config.model.semantics_start
         window_rays = None
         if semantics:
-            batch["teachers"] = self.datamanager.next_teachers(batch)
-            batch["fda"] = step >= self.config.model.fda_start
-            if self.config.model.patch_loss_mult or batch["fda"]:
+            model = self.config.model
+            batch["teachers"], batch["ranges"] = self.datamanager.next_teachers(batch)
+            refining = model.unmixing_loss_mult or model.fda_positive_mult or model.fda_negative_mult
+            batch["class_losses"] = bool(self.chosen_prompts and refining and step >= model.fda_start)
+            if model.patch_loss_mult or batch["class_losses"]:
                 drawn = self.datamanager.next_windows()
                 if drawn is not None:
                     window_rays, batch["windows"] = drawn

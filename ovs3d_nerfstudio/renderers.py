@@ -39,3 +39,7 @@ class Semantics:
     """Σ w_i m(x_i) f(x_i): the same, weighed by how much a point counts in the embedding of a patch that shows it."""
     scales: Float[Tensor, "*R S"]
     """s(r) = softmax(Σ w_i s(x_i)), which scale to trust (3D-OVS eq. 2)."""
+
+    def __getitem__(self, rays: slice) -> Semantics:
+        """The semantics of some of the rays."""
+        return Semantics(self.coefficients[rays], self.salient[rays], self.scales[rays])

@@ -90,8 +90,7 @@ class Segmenter(nn.Module):
     def relevancies(self, similarities: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
         """Similarities stretched by their range over the scene: 0 where a prompt is as absent as anywhere, 1 where it
         is as present as anywhere."""
-        low, high = self.range
-        return (similarities - low) / (high - low).clamp(min=1e-6)
+        return stretched(similarities, *self.range)
 
     def output_names(self) -> list[str]:
         """One name a prompt for its relevancy map; nerfstudio reads "rgb" in a name as colour, so it must not occur."""
@@ -113,8 +112,7 @@ class Segmenter(nn.Module):
 
     def pca_colors(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n 3"]:
         """Coefficients as colours in [0, 1] by the run's own three principal directions: the same in every frame."""
-        low, high = self.pca_range
-        return ((F.normalize(coefficients, dim=-1) @ self.pca - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+        return stretched(F.normalize(coefficients, dim=-1) @ self.pca, *self.pca_range).clamp(0, 1)
 
     def get_extra_state(self) -> dict:
         return {"prompts": self.prompts, "encoder": self.encoder, "fingerprint": self.fingerprint}
@@ -129,6 +127,11 @@ class Segmenter(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=buffer.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def stretched(values: Float[Tensor, "*n C"], low: Float[Tensor, "*n C"], high: Float[Tensor, "*n C"]) -> Tensor:
+    """Values with `low` … `high` moved to 0 … 1; where the two are equal nothing is blown up."""
+    return (values - low) / (high - low).clamp(min=1e-6)
 
 
 def _quantiles(values: Float[Tensor, "n C"], low: float, high: float) -> Float[Tensor, "2 C"]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
 from ovs3d_nerfstudio.features.basis import fit_basis, scale_cells
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache
-from ovs3d_nerfstudio.features.extraction import PictureError, extract
+from ovs3d_nerfstudio.features.extraction import PictureError, compact_tokens, extract
 from ovs3d_nerfstudio.features.teachers import Teachers
 
 
@@ -148,8 +148,29 @@ def test_a_ray_is_taught_by_the_cells_it_lies_in(pictures, tmp_path):
         for s, grid in enumerate(views.grids(int(view[n]))):
             cell = scale_cells(views, int(view[n]))[s].view(grid.rows, grid.cols, -1)
             assert torch.allclose(taught[n, s], cell[int(y[n] * grid.rows), int(x[n] * grid.cols)], atol=2e-3)
-    ids_view, ids_scale = teachers.scale_ids()
-    assert len(ids_view) == len(teachers.cells) and ids_scale.max() == 1 and ids_view.max() == 2
+
+
+def test_relevancies_are_stretched_by_the_range_over_the_pixels_of_a_view(pictures, tmp_path):
+    views, _ = run(pictures, tmp_path / "cache")
+    text = ColorEncoder("", "cpu").embed_text(["red", "blue"])
+    basis, _ = fit_basis(views, text, 0, 1)
+    teachers = Teachers(views, basis, "cpu")
+    teachers.measure_ranges(basis.project(text).T)
+    assert teachers.ranges.shape == (3, 2, 2, 2)
+    for view, (height, width) in enumerate(views.sizes):
+        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+        pixels = teachers.at(torch.full((height * width,), view), y.flatten(), x.flatten())
+        z = F.normalize(pixels, dim=-1) @ basis.project(text).T
+        assert torch.allclose(teachers.ranges[view], torch.stack([z.amin(0), z.amax(0)], 1), atol=1e-6)
+
+
+def test_compacted_tokens_keep_their_cosines():
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randn(9, 7, 6, generator=generator) @ torch.randn(6, 40, generator=generator)
+    compact = compact_tokens(tokens, 6).float().flatten(0, 1)
+    unit = F.normalize(tokens, dim=-1).flatten(0, 1)
+    assert compact.shape[1] == 6 and torch.allclose(compact @ compact.T, unit @ unit.T, atol=2e-3)
+    assert compact_tokens(tokens, 64).shape == tokens.shape
 
 
 def test_windows_hold_their_tokens_rays_and_patches(pictures, tmp_path):
@@ -164,6 +185,13 @@ def test_windows_hold_their_tokens_rays_and_patches(pictures, tmp_path):
         h, w_tokens = views.token_grid(view).shape[:2]
         row, col = pixels[:, 1] * h // sizes[view, 0], pixels[:, 2] * w_tokens // sizes[view, 1]
         assert torch.equal(windows.tokens[w], views.token_grid(view)[row, col].float())
+    finer = teachers.windows(2, 8, sizes, torch.Generator().manual_seed(4), rays_a_token=2)
+    assert finer.side == 16 and finer.tokens.shape == (2, 256, 3) and len(finer.indices) == 512
+    for w, pixels in enumerate(finer.indices.view(2, 256, 3)):
+        view = int(pixels[0, 0])
+        h, w_tokens = views.token_grid(view).shape[:2]
+        row, col = pixels[:, 1] * h // sizes[view, 0], pixels[:, 2] * w_tokens // sizes[view, 1]
+        assert torch.equal(finer.tokens[w], views.token_grid(view)[row, col].float())
     assert sum(len(group.coefficients) for group in windows.patches) > 0
     for w, group in enumerate(windows.patches):
         pixels = windows.indices.view(6, 8, 8, 3)[w]

@@ -115,3 +115,22 @@ def test_patch_loss_is_zero_when_blurred_features_give_the_patches_back():
     assert losses.patch_loss(features.view(16, 5), windows).item() == pytest.approx(0, abs=1e-12)
     group.coefficients = -group.coefficients
     assert losses.patch_loss(features.view(16, 5), windows).item() == pytest.approx(2)
+
+
+def test_an_aperture_weighs_the_centre_of_a_patch_as_a_gaussian_does():
+    side, aperture = 12, 0.8
+    low, high = torch.tensor([2.0, 0.0]), torch.tensor([8.0, 12.0])
+    rows = (torch.arange(side)[None] >= low[:, None]) & (torch.arange(side)[None] < high[:, None])
+    rows = rows / rows.sum(1, keepdim=True)
+    rays = torch.randn(side * side, 5, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+    windows = Windows(torch.zeros(0, 3), torch.zeros(0), [PatchGroup(rows, rows, embeddings)], side)
+    slow = []
+    for p in range(2):
+        mean, centre, half = torch.zeros(5), (low[p] + high[p]) / 2, (high[p] - low[p]) / 2
+        for i in range(int(low[p]), int(high[p])):
+            for j in range(int(low[p]), int(high[p])):
+                u, v = (i + 0.5 - centre) / half, (j + 0.5 - centre) / half
+                mean += torch.exp(-aperture * (u**2 + v**2)) * rays[i * side + j]
+        slow.append(1 - F.cosine_similarity(mean, embeddings[p], dim=0))
+    assert losses.patch_loss(rays, windows, aperture).item() == pytest.approx(torch.stack(slow).mean().item(), abs=1e-5)

@@ -16,7 +16,6 @@ from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 
 from ovs3d_nerfstudio.annotations import AnnotationError, Annotations, mask_stem
 from ovs3d_nerfstudio.metrics import (
-    SegmentationMetrics,
     boundary_iou,
     match_classes,
     relabel,
@@ -154,12 +153,13 @@ def test_predictions_in_another_order_of_prompts_are_matched_by_text():
 
 
 def test_a_summary_is_the_mean_over_views_and_survives_json():
-    metrics = SegmentationMetrics(["a", "b", "c"])
     truth = np.array([[0, 0, 1, 1]])
-    metrics.update("v1", np.array([[0, 0, 1, 1]]), truth)
-    metrics.update("v2", np.array([[0, 0, 0, 0]]), np.zeros((1, 4), int))
-    metrics.update("v3", np.array([[0, 1, 1, 1]]), truth)
-    summary = json.loads(json.dumps(metrics.compute(), allow_nan=False))
+    views = {
+        "v1": view_metrics(np.array([[0, 0, 1, 1]]), truth, 3),
+        "v2": view_metrics(np.array([[0, 0, 0, 0]]), np.zeros((1, 4), int), 3),
+        "v3": view_metrics(np.array([[0, 1, 1, 1]]), truth, 3),
+    }
+    summary = json.loads(json.dumps(summarise(views, ["a", "b", "c"]), allow_nan=False))
     assert summary["miou"] == pytest.approx((1 + 1 + (1 / 2 + 2 / 3) / 2) / 3)
     assert summary["pixel_accuracy"] == pytest.approx((1 + 1 + 0.75) / 3)
     assert summary["classes"] == {"a": pytest.approx(2.5 / 3), "b": pytest.approx((1 + 2 / 3) / 2), "c": None}
@@ -168,7 +168,7 @@ def test_a_summary_is_the_mean_over_views_and_survives_json():
 
 
 def test_a_summary_of_no_views_is_empty_not_an_error():
-    summary = SegmentationMetrics(["a"]).compute()
+    summary = summarise({}, ["a"])
     assert summary["miou"] is None and summary["classes"] == {"a": None} and summary["views"] == {}
 
 

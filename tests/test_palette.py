@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovs3d_nerfstudio.palette import class_color, colorize, colors_for, legend, overlay, palette, save_legend
+from ovs3d_nerfstudio.palette import class_color, colorize, colors_for, legend, palette, save_legend
 
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=3), max_size=40, unique=True)
 
@@ -100,15 +100,6 @@ def test_labels_are_painted_alike_as_array_and_tensor_and_unlabelled_is_black():
     with pytest.raises(IndexError):
         colorize(np.array([3]), colors)
     assert colorize(torch.full((2, 2), -1), palette(0)).sum() == 0
-
-
-def test_an_overlay_goes_from_the_photo_to_the_colours():
-    photo, colors = np.zeros((2, 2, 3)), np.ones((2, 2, 3))
-    assert np.array_equal(overlay(photo, colors, 0.0), photo)
-    assert np.array_equal(overlay(photo, colors, 1.0), colors)
-    assert np.allclose(overlay(photo, colors, 0.25), 0.25)
-    with pytest.raises(ValueError, match=r"opacity 1\.5"):
-        overlay(photo, colors, 1.5)
 
 
 def test_a_legend_shows_every_colour_and_grows_by_columns():

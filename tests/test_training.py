@@ -74,9 +74,37 @@ def data(scene, tmp_path) -> Path:
 def test_clip_and_dino_checkpoints_train_for_real(data, checkpoints):
     history = train(pipeline(data, **checkpoints, prompts="a cat; a rocket"), 0, 5)
     assert {"rgb_loss", "feature_loss", "patch_loss", "rda_loss"} <= set(history[1])
+    assert "unmixing_loss" not in history[1] and "unmixing_loss" in history[3]
     assert "fda_positive_loss" not in history[1] and {"fda_positive_loss", "fda_negative_loss"} <= set(history[3])
     assert all(torch.isfinite(torch.tensor(value)) for step in history for value in step.values())
     assert history[0].keys() == {"rgb_loss", "interlevel_loss", "distortion_loss"}
+
+
+def test_the_papers_own_setting_trains(data, checkpoints):
+    paper = all_methods["ovs3d"].pipeline.model
+    names = [name for name in vars(paper) if name.startswith(("fda_", "rda_")) or name.endswith("_loss_mult")]
+    model = {name: getattr(paper, name) for name in names if name not in ("fda_start", "fda_pairs")}
+    history = train(pipeline(data, model=model, **checkpoints, prompts="a cat; a rocket"), 0, 4)
+    assert {"feature_loss", "rda_loss", "fda_positive_loss", "fda_negative_loss"} <= set(history[3])
+    assert not {"patch_loss", "unmixing_loss"} & set(history[3])
+    assert all(torch.isfinite(torch.tensor(value)) for step in history for value in step.values())
+
+
+def test_rays_and_windows_rendered_in_one_call_are_as_if_rendered_apart(data, checkpoints):
+    trained = pipeline(data, **checkpoints, prompts="a cat; a rocket")
+    train(trained, 0, 2)
+    model = trained.model.train()
+    rays, _ = trained.datamanager.next_train(0)
+    window_rays, _ = trained.datamanager.next_windows()
+
+    def seen(**windows):
+        torch.manual_seed(0)
+        return model(rays, **windows)
+
+    joined, alone = seen(window_rays=window_rays), seen()
+    assert torch.allclose(joined["semantics"].coefficients, alone["semantics"].coefficients, atol=1e-5)
+    assert torch.equal(joined["rgb"], alone["rgb"])
+    assert len(joined["window_semantics"].scales) == len(window_rays) and "window_semantics" not in alone
 
 
 def test_features_wait_until_training_asks_for_a_batch(data, checkpoints):

@@ -73,12 +73,14 @@ class Tabletop(ImageTextEncoder):
     """EfficientNet-Lite0 with an adapter trained on other tabletop scenes. Option `crops` (default) or `pooled`."""
 
     dim = 384
+    input_size = 128
+    """A third of the time of 224; of crops of 51 pixels, 83 % keep their best prompt (at 160: 96 %, half the time)."""
     folder = FOLDER / "tabletop"
     box_pixels = 160
 
     @property
     def fingerprint(self) -> str:
-        return f"tabletop {self.option} {_digest(self.folder / 'encoder.py', self.folder / 'adapter.safetensors')}"
+        return f"tabletop {self.option} {self.input_size} {_digest(self.folder / 'encoder.py', self.folder / 'adapter.safetensors')}"
 
     @property
     def _tower(self):

@@ -228,6 +228,8 @@ class EfficientNetTokens(TokenEncoder):
     but on no scale that suits FDA's threshold of 0.7; the deeper stage 4 alone reaches 0.87.
     """
 
+    kept_dims = 48
+    """The cosines of a view's tokens change by 0.01 on average, 0.05 at most."""
     short_edge = 360
     """Shorter edge in pixels to which a larger picture is shrunk, unless the option says another."""
     stages = (1, 2, 4)

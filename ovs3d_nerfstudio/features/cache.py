@@ -50,18 +50,28 @@ class FeatureCache:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def load(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of a picture, memory-mapped; None when they are absent, damaged or not of this recipe."""
-        path = self.path(key)
-        if not path.exists():
-            return None
+    def intact(self, key: str) -> bool:
+        """Whether a picture's file is there, of this recipe, and undamaged."""
+        return self._read(key, checked=True) is not None
+
+    def load(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a picture that is `intact`, memory-mapped and not checked again.
+
+        Raises CacheError when the file went away or lost its form since.
+        """
+        tensors = self._read(key, checked=False)
+        if tensors is None:
+            raise CacheError(f"{self.path(key)} vanished or was damaged during the run; start again.")
+        return tensors
+
+    def _read(self, key: str, checked: bool) -> dict[str, Tensor] | None:
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(self.path(key), framework="pt") as file:
                 header = (file.metadata() or {}).get(HEADER)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError, ValueError):
             return None
-        return tensors if header == self._header(tensors) else None
+        return tensors if not checked or header == self._header(tensors) else None
 
     def save(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Write beside and rename. Raises CacheError when the folder cannot be written."""

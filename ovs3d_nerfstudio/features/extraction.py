@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+import torch.nn.functional as F
+from jaxtyping import Float, Float16, UInt8
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import (
@@ -54,17 +55,12 @@ class CachedViews:
 
     def patches(self, view: int) -> list[Tensor]:
         """Unit patch embeddings of a view, one P×D half-precision tensor a scale."""
-        return list(self._load(self.pyramid, view).values())
+        tensors = self.pyramid.load(self.keys[view])
+        return [tensors[name] for name in sorted(tensors)]
 
     def token_grid(self, view: int) -> Tensor:
-        """Token grid h×w×E of a view in half precision."""
-        return self._load(self.tokens, view)["tokens"]
-
-    def _load(self, cache: FeatureCache, view: int) -> dict[str, Tensor]:
-        tensors = cache.load(self.keys[view])
-        if tensors is None:
-            raise RuntimeError(f"{cache.path(self.keys[view])} vanished or was damaged during the run; start again.")
-        return {name: tensors[name] for name in sorted(tensors)}
+        """Token grid h×w×E of a view in half precision, see `compact_tokens`."""
+        return self.tokens.load(self.keys[view])["tokens"]
 
 
 def patch_boxes(grid: ScaleGrid, key: str, k: int) -> Float[Tensor, "P 4"]:
@@ -109,9 +105,10 @@ def extract(
         "pyramid",
         {"encoder": image_text_encoder.fingerprint, "scales": [float(s) for s in scales]},
     )
-    tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint})
+    tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint, "dims": token_encoder.kept_dims})
     views = CachedViews([picture_key(path) for path in paths], [], tuple(scales), pyramid, tokens)
-    missing = [i for i, key in enumerate(views.keys) if pyramid.load(key) is None or tokens.load(key) is None]
+    lacking = [[store for store in (pyramid, tokens) if not store.intact(key)] for key in views.keys]
+    missing = [i for i, stores in enumerate(lacking) if stores]
     console.print(
         f"Features: {len(paths) - len(missing)} of {len(paths)} views are cached in {cache_dir}, {len(missing)} to make."
     )
@@ -135,13 +132,14 @@ def extract(
             picture = pending.pop().result()
             if n + 1 < len(missing):
                 pending.append(reader.submit(read_picture, paths[missing[n + 1]]))
-            if pyramid.load(views.keys[i]) is None:
+            if pyramid in lacking[i]:
                 pyramid.save(
                     views.keys[i],
                     _embed_pyramid(picture, views.keys[i], paths[i], image_text_encoder, scales),
                 )
-            if tokens.load(views.keys[i]) is None:
-                tokens.save(views.keys[i], {"tokens": token_encoder.embed_picture(picture).half()})
+            if tokens in lacking[i]:
+                grid = token_encoder.embed_picture(picture)
+                tokens.save(views.keys[i], {"tokens": compact_tokens(grid, token_encoder.kept_dims)})
             progress.update(task, advance=1, rate=_rate(progress, task))
     views.sizes = [_size(path) for path in paths]
     megabytes = (pyramid.size(views.keys) + tokens.size(views.keys)) / 2**20
@@ -164,6 +162,17 @@ def _embed_pyramid(
             raise PictureError(f"{path}: {error}") from error
         patches[f"patches_{k:02d}"] = encoder.embed_boxes(picture, patch_boxes(grid, key, k), path).half()
     return patches
+
+
+def compact_tokens(tokens: Float[Tensor, "h w E"], dim: int) -> Float16[Tensor, "h w e"]:
+    """Unit tokens in their view's `dim` leading directions, in half precision: FDA compares tokens of one view only, and
+    their cosines survive a change of basis. Tokens of at most `dim` numbers stay as they are."""
+    unit = F.normalize(tokens.float(), dim=-1)
+    if dim < unit.shape[-1]:
+        flat = unit.flatten(0, 1)
+        _, directions = torch.linalg.eigh(flat.T @ flat)
+        unit = unit @ directions[:, -dim:]
+    return unit.half()
 
 
 def _size(path: Path) -> tuple[int, int]:

@@ -28,15 +28,16 @@ class PatchGroup:
 
 @dataclass
 class Windows:
-    """Blocks of T×T tokens, one ray a token."""
+    """Blocks of tokens of one view each, cut by T×T rays: one or several a token."""
 
     indices: Int[Tensor, "n 3"]
     """View, pixel row, pixel column of each ray, window by window, row by row; n = W·T·T."""
     tokens: Float[Tensor, "W TT E"]
+    """The token that each ray lies in."""
     patches: list[PatchGroup]
     """One group a window."""
     side: int
-    """T, tokens along a window's side."""
+    """T, rays along a window's side."""
 
 
 class Teachers:
@@ -64,16 +65,21 @@ class Teachers:
         # Rows and columns of cells, first cell of each view and scale.
         self._grid = torch.tensor(tables, device=self.device).reshape(len(views.keys), len(views.scales), 3)
         self._tokens = [views.token_grid(view) for view in range(len(views.keys))]
+        self.ranges = torch.zeros(*self._grid.shape[:2], 2, 0, device=self.device)
+        """N×S×2×C, see `measure_ranges`; no prompts, no ranges."""
 
     @property
     def num_scales(self) -> int:
         return self._grid.shape[1]
 
-    def scale_ids(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-        """View and scale of every row of `cells`."""
-        count = (self._grid[..., 0] * self._grid[..., 1]).flatten()
-        flat = torch.arange(len(count), device=self.device).repeat_interleave(count)
-        return flat // self.num_scales, flat % self.num_scales
+    def measure_ranges(self, prompts: Float[Tensor, "K C"]) -> None:
+        """Sets `ranges`: the least and greatest cosine with each prompt over the pixels of a view, for every scale."""
+        rows, cols, first = self._grid.cpu().reshape(-1, 3).unbind(-1)
+        ranges = []
+        for start, count in zip(first.tolist(), (rows * cols).tolist(), strict=True):
+            similarities = F.normalize(self.cells[start : start + count].float(), dim=-1) @ prompts
+            ranges.append(torch.stack([similarities.amin(0), similarities.amax(0)]))
+        self.ranges = torch.stack(ranges).view(*self._grid.shape[:2], 2, -1)
 
     def at(self, view: Int[Tensor, " R"], y: Float[Tensor, " R"], x: Float[Tensor, " R"]) -> Float[Tensor, "R S K"]:
         """Coefficients of the cell of each scale that holds a pixel; `y`, `x` in [0, 1) of the picture's height, width."""
@@ -83,35 +89,42 @@ class Teachers:
         return self.cells[first + row * cols + col].float()
 
     def windows(
-        self, count: int, side: int, sizes: Int[Tensor, "N 2"], generator: torch.Generator | None = None
+        self,
+        count: int,
+        side: int,
+        sizes: Int[Tensor, "N 2"],
+        generator: torch.Generator | None = None,
+        rays_a_token: int = 1,
     ) -> Windows:
-        """Draw `count` windows of `side`² tokens, each from one view, rays jittered within their tokens.
+        """Draw `count` windows of `side`² tokens, each from one view, rays jittered within their parts of a token.
 
         Args:
             sizes: height and width in pixels of every view as it is rendered.
+            rays_a_token: rays along a token's side.
         """
         side = min([side, *(min(grid.shape[:2]) for grid in self._tokens)])
+        rays = side * rays_a_token
+        corner = torch.stack(torch.meshgrid(torch.arange(rays), torch.arange(rays), indexing="ij"), -1).reshape(-1, 2)
+        token = corner // rays_a_token @ torch.tensor([side, 1])
         indices, tokens, patches = [], [], []
         for view in torch.randint(len(self._tokens), (count,), generator=generator).tolist():
             grid = self._tokens[view]
             h, w = grid.shape[:2]
             top = int(torch.randint(h - side + 1, (1,), generator=generator))
             left = int(torch.randint(w - side + 1, (1,), generator=generator))
-            tokens.append(grid[top : top + side, left : left + side].reshape(side * side, -1))
-            corner = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).reshape(
-                -1, 2
-            )
-            jittered = corner + torch.tensor([top, left]) + torch.rand(corner.shape, generator=generator)
-            pixel = (jittered / torch.tensor([h, w]) * sizes[view]).long().minimum(sizes[view] - 1)
-            indices.append(torch.cat([torch.full((side * side, 1), view), pixel], 1))
+            tokens.append(grid[top : top + side, left : left + side].reshape(side * side, -1)[token])
+            jittered = (corner + torch.rand(corner.shape, generator=generator)) / rays_a_token
+            place = (jittered + torch.tensor([top, left])) / torch.tensor([h, w])
+            pixel = (place * sizes[view]).long().minimum(sizes[view] - 1)
+            indices.append(torch.cat([torch.full((rays * rays, 1), view), pixel], 1))
             patches.append(
-                self._patches_inside(view, torch.tensor([left / w, top / h]), torch.tensor([side / w, side / h]), side)
+                self._patches_inside(view, torch.tensor([left / w, top / h]), torch.tensor([side / w, side / h]), rays)
             )
         return Windows(
             torch.cat(indices).to(self.device),
             torch.stack(tokens).to(self.device, torch.float32),
             patches,
-            side,
+            rays,
         )
 
     def _patches_inside(
