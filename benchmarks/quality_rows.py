@@ -50,11 +50,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no-fda": {"model.fda_start": NEVER},
     "no-fda-negative": {"model.fda_negative_mult": 0.0},
     "no-rebalance": {"model.fda_rebalance": False},
-    # The paper's losses alone: without the patch loss the others must carry the weight that the paper gives them.
-    "no-patch": {"model.patch_loss_mult": 0.0, "model.feature_loss_mult": 1.0, "model.rda_loss_mult": 1.0},
+    "no-unmixing": {"model.unmixing_loss_mult": 0.0},
+    "no-patch": {"model.patch_loss_mult": 0.0},
     "uniform-scales": {"model.learned_scales": False},
     "undetached": {"model.detach_density": False},
-    "paper": {},  # filled from the method `ovs3d` by `apply_row`
+    "ovs3d": {},  # filled from the method of that name by `row_config`, as is `paper`
+    "paper": {
+        "model.fda_temperature": 0.2,
+        "model.fda_temperature_unit": "absolute",
+        "model.fda_divergence": "kl",
+    },
     "truth": {
         "model.feature_loss_mult": 1.0,
         "model.patch_loss_mult": 0.0,
@@ -65,8 +70,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "average-3d": {},
 }
 ROWS = (
-    *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-patch", "scale-5", "scale-7", "scale-10"),
-    *("uniform-scales", "undetached", "views-10", "views-20", "paper", "pyramid-2d", "average-3d", "truth"),
+    *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch"),
+    *("scale-5", "scale-7", "scale-10"),
+    *("uniform-scales", "undetached", "views-10", "views-20", "ovs3d", "paper", "pyramid-2d", "average-3d", "truth"),
 )
 """All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N."""
 DEPTH_SHRINK = 1 / 3
@@ -170,11 +176,11 @@ def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
     if row.startswith("fda-x"):
         pipeline.model.fda_positive_mult *= float(row[5:])
         pipeline.model.fda_negative_mult *= float(row[5:])
-    if row == "paper":
+    if row in ("ovs3d", "paper"):
         paper = all_methods["ovs3d"].pipeline.model
         for name in (field.name for field in fields(paper)):
-            loss = name.endswith("_loss_mult") and name.split("_")[0] in ("feature", "patch", "rda")
-            if loss or (name.startswith("fda_") and name not in ("fda_start", "fda_pairs")):
+            loss = name.endswith("_loss_mult") and name.split("_")[0] in ("feature", "patch", "rda", "unmixing")
+            if loss or name == "rda_range" or (name.startswith("fda_") and name not in ("fda_start", "fda_pairs")):
                 setattr(pipeline.model, name, getattr(paper, name))
     for path, value in changes.items():
         part, name = path.split(".")

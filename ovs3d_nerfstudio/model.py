@@ -83,10 +83,11 @@ class OVS3DModelConfig(NerfactoModelConfig):
     """Weight of FDA's positive part (3D-OVS: 200)."""
     fda_negative_mult: float = 0.2
     """Weight of FDA's negative part (3D-OVS: 0.2)."""
-    fda_temperature: float = 0.2
-    """Temperature of the class probabilities in FDA (3D-OVS: 0.2)."""
-    fda_temperature_unit: Literal["absolute", "spread"] = "absolute"
-    """Whether τ is a number (3D-OVS), or a multiple of the standard deviation over classes that the scene's similarities have."""
+    fda_temperature: float = 8.0
+    """Temperature τ of the class probabilities in FDA (3D-OVS: 0.2, which is about 8 spreads of CLIP's similarities)."""
+    fda_temperature_unit: Literal["absolute", "spread"] = "spread"
+    """Whether τ is a number (3D-OVS), or a multiple of the standard deviation over classes that the scene's similarities
+    have: a fixed τ with an encoder of several times CLIP's spread makes FDA collapse to one class."""
     fda_shift: float = 0.7
     """Cosine of two tokens above which they should agree (3D-OVS: 0.7)."""
     fda_divergence: losses.Divergence = "js"
