@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,10 +78,29 @@ class SegmentedView:
     """The same classes, −1 where none is known."""
 
 
-def evaluate_split(pipeline: OVS3DPipeline, split: Literal["test", "train"]) -> tuple[dict, list[SegmentedView]]:
-    """Renders every annotated view of a split and compares it: `test` is the held-out protocol, `train` the paper's.
+@dataclass
+class RenderedView:
+    """One annotated view as the run sees it, beside what is known of it."""
 
-    Returns the summary (see `metrics.summarise`) with the mean PSNR in dB, and the views.
+    index: int
+    """Place of the view in its split."""
+    name: str
+    """Stem of the photo."""
+    photo: UInt8[np.ndarray, "H W 3"]
+    labels: Int[Tensor, "H W"]
+    """Indices of the run's prompts."""
+    truth: Int[np.ndarray, "H W"]
+    """Indices of the scene's classes, −1 where none is known."""
+    psnr: float
+    """Of the rendered colours, in dB."""
+
+
+def rendered_views(
+    pipeline: OVS3DPipeline, split: Literal["test", "train"], skip: Collection[str] = ()
+) -> tuple[Evaluator, Iterator[RenderedView]]:
+    """The evaluator of a split, and its annotated views but those named in `skip`, each rendered when it is asked for.
+
+    Raises AnnotationError when the data has no masks.
     """
     datamanager, model = pipeline.datamanager, pipeline.model
     data = Path(datamanager.config.data or ".")
@@ -90,21 +109,36 @@ def evaluate_split(pipeline: OVS3DPipeline, split: Literal["test", "train"]) -> 
     evaluator = Evaluator.of_scene(data, dataset.image_filenames, everything)
     if evaluator is None:
         raise AnnotationError(f"{data} has no segmentations/classes.txt, so there is no truth to compare with.")
-    order = match_classes(evaluator.annotations.classes, model.segmenter.prompts)
+    wanted = set(evaluator.annotations.views) - set(skip)
+    annotated = [i for i, view in enumerate(evaluator.views) if view in wanted]
+
+    def render() -> Iterator[RenderedView]:
+        pipeline.eval()
+        for i in track(annotated, f"Segmenting {split} views"):
+            outputs = model.get_outputs_for_camera(dataset.cameras[i : i + 1].to(pipeline.device))
+            labels = model.segmenter.labels_of(outputs["segmentation"]).cpu()
+            photo = dataset.get_image_float32(i)[..., :3]
+            psnr = -10 * float((outputs["rgb"].cpu() - photo).square().mean().log10())
+            truth = evaluator.truth(i, *labels.shape)
+            assert truth is not None, "only annotated views are walked through"
+            yield RenderedView(i, evaluator.views[i], (photo * 255).byte().numpy(), labels, truth, psnr)
+
+    return evaluator, render()
+
+
+def evaluate_split(pipeline: OVS3DPipeline, split: Literal["test", "train"]) -> tuple[dict, list[SegmentedView]]:
+    """Renders every annotated view of a split and compares it: `test` is the held-out protocol, `train` the paper's.
+
+    Returns the summary (see `metrics.summarise`) with the mean PSNR in dB, and the views.
+    """
+    prompts = pipeline.model.segmenter.prompts
+    evaluator, rendered = rendered_views(pipeline, split)
+    order = match_classes(evaluator.annotations.classes, prompts)
     views, psnrs = [], []
-    annotated = [i for i, view in enumerate(evaluator.views) if view in evaluator.annotations.views]
-    pipeline.eval()
-    for i in track(annotated, f"Segmenting {split} views"):
-        outputs = model.get_outputs_for_camera(dataset.cameras[i : i + 1].to(pipeline.device))
-        labels = model.segmenter.labels_of(outputs["segmentation"]).cpu()
-        evaluator.record(i, labels, model.segmenter.prompts)
-        photo = dataset.get_image_float32(i)[..., :3]
-        psnrs.append(-10 * float((outputs["rgb"].cpu() - photo).square().mean().log10()))
-        truth = evaluator.truth(i, *labels.shape)
-        assert truth is not None, "only annotated views are walked through"
-        views.append(
-            SegmentedView(evaluator.views[i], (photo * 255).byte().numpy(), labels.numpy(), relabel(truth, order))
-        )
+    for view in rendered:
+        evaluator.record(view.index, view.labels, prompts)
+        views.append(SegmentedView(view.name, view.photo, view.labels.numpy(), relabel(view.truth, order)))
+        psnrs.append(view.psnr)
     summary = evaluator.summary()
     summary["psnr"] = float(np.mean(psnrs))
     return summary, views

@@ -33,6 +33,8 @@ class Segmenter(nn.Module):
         super().__init__()
         self.prompts: list[str] = []
         """The classes, in the order of their labels."""
+        self.trained_prompts: list[str] = []
+        """The prompts of the training, which keep their colours when others are asked for."""
         self.encoder = ""
         """Spec of the image-text encoder that the features and the prompts were embedded with."""
         self.fingerprint = ""
@@ -57,6 +59,7 @@ class Segmenter(nn.Module):
         """Set everything. `sample` are coefficients of cells drawn from the whole scene."""
         device = self.basis.device
         self.prompts, self.encoder, self.fingerprint = list(prompts), encoder, fingerprint
+        self.trained_prompts = self.prompts
         self.basis, self.text = basis.to(device), text.to(device).float()
         self.sample = F.normalize(sample.to(device).float(), dim=-1)
         centred = self.sample - self.sample.mean(0)
@@ -69,6 +72,15 @@ class Segmenter(nn.Module):
         self.colors = torch.from_numpy(colors_for(self.prompts, self.prompts)).to(device)
         if len(self.prompts) > 1:
             self.spread = (self.sample @ self.project(self.text)).std(-1).mean()
+
+    def ask(self, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> None:
+        """Answer for other prompts from now on; basis, scene and the colours of the training's prompts stay.
+
+        `text` are their embeddings by the encoder of the run.
+        """
+        self.prompts, self.text = list(prompts), text.to(self.basis)
+        self.range = self.similarity_range(self.text)
+        self.colors = torch.from_numpy(colors_for(self.prompts, self.trained_prompts)).to(self.basis)
 
     @property
     def ready(self) -> bool:
@@ -118,7 +130,7 @@ class Segmenter(nn.Module):
         return {"prompts": self.prompts, "encoder": self.encoder, "fingerprint": self.fingerprint}
 
     def set_extra_state(self, state: dict) -> None:
-        self.prompts = [str(prompt) for prompt in state["prompts"]]
+        self.prompts = self.trained_prompts = [str(prompt) for prompt in state["prompts"]]
         self.encoder, self.fingerprint = str(state["encoder"]), str(state["fingerprint"])
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

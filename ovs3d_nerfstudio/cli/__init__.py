@@ -1,0 +1,46 @@
+"""The command `ovs3d`: what nerfstudio's own commands cannot do. One file a subcommand; this one only finds it.
+
+A subcommand's module is imported when it is called for: nerfstudio takes seconds to import, and one command must not pay
+for another's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import tyro
+
+SUBCOMMANDS = {
+    "eval": "Compare a run with the scene's masks: metrics as JSON, pictures, and a report.",
+}
+"""Name of each subcommand, which is its module in this folder too, and a sentence about it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `ovs3d SUBCOMMAND …`; what a user can mend ends with a sentence and exit status 1."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] not in SUBCOMMANDS:
+        _explain(words)
+        return
+    module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
+    command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=words[1:], description=module.Command.__doc__)
+    # Imported here: `--help` needs none of it.
+    from ovs3d_nerfstudio.cli.common import user_errors
+
+    with user_errors():
+        command.main()
+
+
+def _explain(words: Sequence[str]) -> None:
+    """The subcommands, one a line; ends with status 1 unless help was asked for."""
+    asked = words and words[0] in ("-h", "--help")
+    if words and not asked:
+        print(f"ovs3d has no subcommand '{words[0]}'; choose one of these.", file=sys.stderr)
+    print("usage: ovs3d SUBCOMMAND [--help] …\n")
+    width = max(map(len, SUBCOMMANDS))
+    for name, purpose in SUBCOMMANDS.items():
+        print(f"  {name:{width}}  {purpose}")
+    if not asked:
+        raise SystemExit(1)

@@ -1,0 +1,152 @@
+"""What the subcommands share: errors as sentences, a run opened from its config, prompts of the moment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.utils.eval_utils import eval_setup
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
+
+from ovs3d_nerfstudio.annotations import AnnotationError
+from ovs3d_nerfstudio.demo.scene import DemoError
+from ovs3d_nerfstudio.encoders.base import EncoderError, image_text_encoder, reason
+from ovs3d_nerfstudio.features.cache import CacheError, written_beside
+from ovs3d_nerfstudio.features.extraction import PictureError
+from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
+from ovs3d_nerfstudio.prompts import PromptError, parse_prompts, prompt_key, read_prompts_file
+from ovs3d_nerfstudio.segmentation import Segmenter
+
+
+class CommandError(ValueError):
+    """A subcommand cannot do what it was asked to; the message is a sentence for the user."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a user can mend ends the command with its sentence and status 1, not with a traceback."""
+    try:
+        yield
+    except (
+        CommandError,
+        PromptError,
+        AnnotationError,
+        EncoderError,
+        PictureError,
+        CacheError,
+        DemoError,
+    ) as error:
+        CONSOLE.print(f"[bold red]Error:[/bold red] {escape(str(error))}")
+        raise SystemExit(1) from None
+    except OSError as error:
+        CONSOLE.print(
+            f"[bold red]Error:[/bold red] {escape(str(error.filename or 'A file'))} cannot be read or written "
+            f"({escape(error.strerror or str(error))}); check the path and its permissions, or make room."
+        )
+        raise SystemExit(1) from None
+
+
+def open_run(
+    load_config: Path,
+    test_mode: Literal["test", "inference"] = "test",
+    rays_per_chunk: int | None = None,
+    data: Path | None = None,
+) -> tuple[TrainerConfig, OVS3DPipeline, Path, int]:
+    """A trained run, ready to answer: its config, pipeline, checkpoint file and step.
+
+    The checkpoint is looked for beside the config, so a run may be moved; `data` says where its data went.
+
+    Raises:
+        CommandError: no such config, one of another method, no checkpoint, no data, or a run without features.
+    """
+    if load_config.is_dir():
+        load_config = load_config / "config.yml"
+    if not load_config.is_file():
+        raise CommandError(f"The config {load_config} does not exist; name the config.yml that ns-train wrote.")
+
+    def update(config: TrainerConfig) -> TrainerConfig:
+        if not isinstance(config.pipeline, OVS3DPipelineConfig):
+            raise CommandError(f"{load_config} is a run of {config.method_name}; name one of ovs3d or ovs3d-lite.")
+        datamanager = config.pipeline.datamanager
+        datamanager.data = data or datamanager.data
+        place = Path(datamanager.data or datamanager.dataparser.data)
+        if not place.exists():
+            raise CommandError(f"The run's data, {place}, is not there; put it back, or say with --data where it is.")
+        config.relative_model_dir = (load_config.parent / config.relative_model_dir).resolve()
+        if not any(config.relative_model_dir.glob("step-*.ckpt")):
+            raise CommandError(
+                f"There is no checkpoint in {config.relative_model_dir}; train until the first one is saved."
+            )
+        return config
+
+    known = ", ".join(name for name in all_methods if name.startswith("ovs3d"))
+    remedy = f"name the config.yml of a run that this version of {known} trained."
+    try:
+        yaml.load(load_config.read_text(), Loader=yaml.Loader)
+    except (yaml.YAMLError, AttributeError, ImportError, TypeError, UnicodeDecodeError) as error:
+        raise CommandError(f"{load_config} cannot be opened ({reason(error)}); {remedy}") from error
+    try:
+        config, pipeline, checkpoint, step = eval_setup(load_config, rays_per_chunk, test_mode, update)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise CommandError(f"The checkpoint of {load_config} does not fit its config; {remedy}") from error
+    assert isinstance(pipeline, OVS3DPipeline)
+    if not pipeline.model.segmenter.ready:
+        raise CommandError(f"{checkpoint} holds no features yet; train beyond the start of the semantic losses.")
+    return config, pipeline, checkpoint, step
+
+
+def ask(pipeline: OVS3DPipeline, prompts: str, prompts_file: Path | None) -> list[str]:
+    """Has the run answer for the prompts of the moment, or for its own where none are given; returns them.
+
+    Prompts of the training take their embeddings from the checkpoint; only others need the text encoder.
+
+    Raises:
+        CommandError: the run has no prompts and none were given, or the encoder is not the one of the run.
+        PromptError: both are given, or the chosen one is unusable.
+        EncoderError: the run's encoder cannot be had here.
+    """
+    segmenter = pipeline.model.segmenter
+    if prompts.strip() and prompts_file is not None:
+        raise PromptError(f"Both --prompts and --prompts-file {prompts_file} were given; give only one of them.")
+    if prompts.strip():
+        asked = parse_prompts(prompts)
+    elif prompts_file is not None:
+        asked = read_prompts_file(prompts_file)
+    elif segmenter.prompts:
+        return segmenter.prompts
+    else:
+        raise CommandError("The run was trained without prompts; say what to look for with --prompts.")
+    segmenter.ask(asked, embedded(segmenter, asked, pipeline.device))
+    return asked
+
+
+def embedded(segmenter: Segmenter, prompts: Sequence[str], device: torch.device | str) -> torch.Tensor:
+    """Embeddings of `prompts`, C×D on the CPU: those of the run's own from its checkpoint, the others made now."""
+    known = {prompt_key(prompt): row.cpu() for prompt, row in zip(segmenter.prompts, segmenter.text, strict=True)}
+    new = [prompt for prompt in prompts if prompt_key(prompt) not in known]
+    if new:
+        encoder = image_text_encoder(segmenter.encoder, device)
+        if encoder.fingerprint != segmenter.fingerprint:
+            raise CommandError(
+                f"The run's features come from {segmenter.fingerprint}, but {segmenter.encoder} is "
+                f"{encoder.fingerprint} here; install the same weights, or use the run's own prompts."
+            )
+        known |= dict(zip(map(prompt_key, new), encoder.embed_text(new).float().cpu(), strict=True))
+    return torch.stack([known[prompt_key(prompt)] for prompt in prompts])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON beside and renames; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
