@@ -13,6 +13,8 @@ from importlib import import_module
 import tyro
 
 SUBCOMMANDS = {
+    "demo": "Make the demo scene, train on it, evaluate: what `make demo` runs.",
+    "extract": "Extract the features of a scene into its cache, without training.",
     "eval": "Compare a run with the scene's masks: metrics as JSON, pictures, and a report.",
 }
 """Name of each subcommand, which is its module in this folder too, and a sentence about it."""
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
     command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=words[1:], description=module.Command.__doc__)
     # Imported here: `--help` needs none of it.
-    from ovs3d_nerfstudio.cli.common import user_errors
+    from ovs3d_nerfstudio.cli.errors import user_errors
 
     with user_errors():
         command.main()

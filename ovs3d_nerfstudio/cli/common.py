@@ -1,10 +1,9 @@
-"""What the subcommands share: errors as sentences, a run opened from its config, prompts of the moment."""
+"""What the subcommands share: a run opened from its config, prompts of the moment, JSON files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,45 +12,13 @@ import yaml
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.markup import escape
 
-from ovs3d_nerfstudio.annotations import AnnotationError
-from ovs3d_nerfstudio.demo.scene import DemoError
-from ovs3d_nerfstudio.encoders.base import EncoderError, image_text_encoder, reason
-from ovs3d_nerfstudio.features.cache import CacheError, written_beside
-from ovs3d_nerfstudio.features.extraction import PictureError
+from ovs3d_nerfstudio.cli.errors import CommandError
+from ovs3d_nerfstudio.encoders.base import image_text_encoder, reason
+from ovs3d_nerfstudio.features.cache import written_beside
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
 from ovs3d_nerfstudio.prompts import PromptError, parse_prompts, prompt_key, read_prompts_file
 from ovs3d_nerfstudio.segmentation import Segmenter
-
-
-class CommandError(ValueError):
-    """A subcommand cannot do what it was asked to; the message is a sentence for the user."""
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """What a user can mend ends the command with its sentence and status 1, not with a traceback."""
-    try:
-        yield
-    except (
-        CommandError,
-        PromptError,
-        AnnotationError,
-        EncoderError,
-        PictureError,
-        CacheError,
-        DemoError,
-    ) as error:
-        CONSOLE.print(f"[bold red]Error:[/bold red] {escape(str(error))}")
-        raise SystemExit(1) from None
-    except OSError as error:
-        CONSOLE.print(
-            f"[bold red]Error:[/bold red] {escape(str(error.filename or 'A file'))} cannot be read or written "
-            f"({escape(error.strerror or str(error))}); check the path and its permissions, or make room."
-        )
-        raise SystemExit(1) from None
 
 
 def open_run(

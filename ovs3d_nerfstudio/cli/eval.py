@@ -12,7 +12,8 @@ from jaxtyping import Float, Int, UInt8
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
-from ovs3d_nerfstudio.cli.common import CommandError, ask, open_run, write_json
+from ovs3d_nerfstudio.cli.common import ask, open_run, write_json
+from ovs3d_nerfstudio.cli.errors import CommandError
 from ovs3d_nerfstudio.cli.labels import ids, write_labels, write_picture
 from ovs3d_nerfstudio.cli.report import write_report
 from ovs3d_nerfstudio.evaluation import RenderedView, rendered_views

@@ -1,0 +1,44 @@
+"""What a user can mend: one sentence and exit status 1, never a traceback. Imports nothing that takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
+
+from ovs3d_nerfstudio.annotations import AnnotationError
+from ovs3d_nerfstudio.demo.scene import DemoError
+from ovs3d_nerfstudio.encoders.base import EncoderError
+from ovs3d_nerfstudio.features.cache import CacheError
+from ovs3d_nerfstudio.features.extraction import PictureError
+from ovs3d_nerfstudio.prompts import PromptError
+
+
+class CommandError(ValueError):
+    """A subcommand cannot do what it was asked to; the message is a sentence for the user."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a user can mend ends the command with its sentence and status 1, not with a traceback."""
+    try:
+        yield
+    except (
+        CommandError,
+        PromptError,
+        AnnotationError,
+        EncoderError,
+        PictureError,
+        CacheError,
+        DemoError,
+    ) as error:
+        CONSOLE.print(f"[bold red]Error:[/bold red] {escape(str(error))}")
+        raise SystemExit(1) from None
+    except OSError as error:
+        CONSOLE.print(
+            f"[bold red]Error:[/bold red] {escape(str(error.filename or 'A file'))} cannot be read or written "
+            f"({escape(error.strerror or str(error))}); check the path and its permissions, or make room."
+        )
+        raise SystemExit(1) from None

@@ -1,0 +1,42 @@
+"""`ovs3d extract`: the features of a scene, without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from ovs3d_nerfstudio.cli.errors import CommandError
+from ovs3d_nerfstudio.cli.scenes import SceneOptions
+from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.features.extraction import extract
+
+
+@dataclass
+class Command(SceneOptions):
+    """Extract the features of a scene's training pictures into the cache that training reads, and say how large they are.
+    What is cached is not made again: stop it when you like, and start it again. Give the encoders, scales and dataparser
+    that training will have; change one, and other files are made."""
+
+    device: str | None = None
+    """Where to embed: cuda, cpu…; default: a GPU where there is one."""
+
+    def main(self) -> None:
+        """Raises CommandError, EncoderError, PictureError and CacheError."""
+        config = self.resolved()
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise CommandError(f"--device {device} is no device; try cuda or cpu.") from error
+        cache = config.datamanager.feature_cache_dir
+        assert cache is not None, "resolved() names one"
+        extract(
+            self.training_pictures(),
+            image_text_encoder(config.image_text_encoder, device),
+            token_encoder(config.token_encoder, device),
+            config.datamanager.scales,
+            cache,
+            CONSOLE,
+        )

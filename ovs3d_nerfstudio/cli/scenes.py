@@ -1,0 +1,73 @@
+"""A scene that no run has opened yet: its pictures by a dataparser, and the encoders that a method would use on it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.engine.trainer import TrainerConfig
+
+from ovs3d_nerfstudio.cli.errors import CommandError
+from ovs3d_nerfstudio.features.extraction import default_cache_dir
+from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
+
+
+@dataclass
+class SceneOptions:
+    """What `extract` and `preview` ask alike; the defaults are those of training, so that the cache is the same."""
+
+    data: Path
+    """The scene: a folder, or a file in it such as transforms.json."""
+    method: str = "ovs3d"
+    """The method whose encoders and scales are the defaults: ovs3d, ovs3d-lite, or another variant of it."""
+    image_text_encoder: str | None = None
+    """What embeds patches and prompts, as in training; default: the method's."""
+    token_encoder: str | None = None
+    """What FDA compares pixels by, as in training; default: the method's."""
+    scales: tuple[float, ...] | None = None
+    """Patches along the shorter side of a picture, one number a scale; default: the method's."""
+    feature_cache_dir: Path | None = None
+    """Folder of the feature cache; default: .ovs3d-cache in the data folder."""
+    dataparser: AnnotatedDataParserUnion = field(default_factory=NerfstudioDataParserConfig)
+    """How the scene is read, as in training: name it last, with its options."""
+
+    def resolved(self) -> OVS3DPipelineConfig:
+        """The method's pipeline config with these options in it.
+
+        Raises CommandError for a method that is not one of ours.
+        """
+        ours = {
+            name: config.pipeline
+            for name, config in all_methods.items()
+            if isinstance(config, TrainerConfig) and isinstance(config.pipeline, OVS3DPipelineConfig)
+        }
+        if self.method not in ours:
+            raise CommandError(f"--method {self.method} is none of ours; choose one of: {', '.join(sorted(ours))}.")
+        config = copy.deepcopy(ours[self.method])
+        config.image_text_encoder = self.image_text_encoder or config.image_text_encoder
+        config.token_encoder = self.token_encoder or config.token_encoder
+        config.datamanager.scales = self.scales or config.datamanager.scales
+        config.datamanager.feature_cache_dir = self.feature_cache_dir or default_cache_dir(self.data)
+        return config
+
+    def training_pictures(self) -> list[Path]:
+        """The training pictures of the scene, in the parser's order.
+
+        Raises CommandError when there is no such scene, or none that the parser can read.
+        """
+        if not self.data.exists():
+            raise CommandError(f"The scene {self.data} does not exist; name the folder that holds its data.")
+        parser: DataParserConfig = self.dataparser
+        parser.data = self.data
+        try:
+            return parser.setup().get_dataparser_outputs("train").image_filenames
+        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+            raise CommandError(
+                f"{type(parser).__name__} cannot read {self.data} ({str(error).strip() or type(error).__name__}); mend the "
+                "data, or name another dataparser at the end of the command."
+            ) from error
