@@ -113,7 +113,7 @@ def legend(
     """
     if len(prompts) != len(colors):
         raise ValueError(f"There are {len(prompts)} prompts and {len(colors)} colours; give one colour a prompt.")
-    lines = [_fitting(" ".join(prompt.split()), font_size) for prompt in prompts]
+    lines = [fitted_text(" ".join(prompt.split()), font_size) for prompt in prompts]
     pad, row = font_size // 2, round(font_size * 1.6)
     rows = min(max(len(lines), 1), max_rows)
     filled = [lines[start : start + rows] for start in range(0, len(lines), rows)]
@@ -150,7 +150,7 @@ def _numpy(colors: Float[np.ndarray, "C 3"] | Float[Tensor, "C 3"]) -> Float[np.
     return colors.numpy(force=True) if isinstance(colors, Tensor) else np.asarray(colors)
 
 
-def _fitting(text: str, font_size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+def fitted_text(text: str, font_size: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """`text` as the legend writes it, and the font that has its characters."""
     path = _font_path(text)
     if path is None:

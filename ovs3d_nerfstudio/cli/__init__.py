@@ -15,6 +15,7 @@ import tyro
 SUBCOMMANDS = {
     "demo": "Make the demo scene, train on it, evaluate: what `make demo` runs.",
     "extract": "Extract the features of a scene into its cache, without training.",
+    "preview": "Show what the prompts are relevant to, before any training, and how to better them.",
     "eval": "Compare a run with the scene's masks: metrics as JSON, pictures, and a report.",
 }
 """Name of each subcommand, which is its module in this folder too, and a sentence about it."""

@@ -1,0 +1,125 @@
+"""`ovs3d preview`: what an encoder makes of some prompts on a few views, before any training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
+from torch import Tensor
+
+from ovs3d_nerfstudio.cli.common import write_json
+from ovs3d_nerfstudio.cli.errors import CommandError
+from ovs3d_nerfstudio.cli.labels import write_picture
+from ovs3d_nerfstudio.cli.scenes import SceneOptions
+from ovs3d_nerfstudio.cli.sheet import PreviewedView, contact_sheet
+from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.features.basis import scale_cells
+from ovs3d_nerfstudio.features.extraction import CachedViews, extract, read_picture
+from ovs3d_nerfstudio.palette import palette
+from ovs3d_nerfstudio.prompts import choose_prompts
+
+NEVER = 0.005
+"""A prompt that wins less than this share of the pictures is said never to win."""
+ALIKE = 0.9
+"""Correlation over the pictures from which two prompts are said to be the same to the encoder. On a kitchen table, "mustard
+bottle" and "yellow bottle of mustard" have 0.97, "blue pitcher" and "jug" 0.81, with the offline encoder."""
+
+
+@dataclass
+class Command(SceneOptions):
+    """Show where the prompts are relevant on a few views, before any training: one contact sheet with, for each view and
+    scale, which prompt wins and the relevancy of each. Says which prompts never win and which are the same to the encoder,
+    so that they can be mended before hours are spent. The features of these views go into the cache of training."""
+
+    prompts: str = ""
+    """Prompts, separated by semicolons; default: the scene's segmentations/classes.txt."""
+    prompts_file: Path | None = None
+    """A text file with one prompt a line, in place of `prompts`."""
+    views: int = 3
+    """How many training views to show, spread evenly over the scene."""
+    output_path: Path = Path("preview.png")
+    """The contact sheet; a JSON of the same name has the shares that the prompts win and the hints."""
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """Where to embed."""
+
+    def main(self) -> None:
+        """Raises CommandError, PromptError, EncoderError, PictureError and CacheError."""
+        if self.views < 1:
+            raise CommandError(f"--views {self.views} shows nothing; give 1 or more.")
+        config = self.resolved()
+        pictures = self.training_pictures()
+        prompts, origin = choose_prompts(self.prompts, self.prompts_file, self.data)
+        if not prompts:
+            raise CommandError(f"{origin} Say what to look for with --prompts.")
+        CONSOLE.print(escape(origin))
+        chosen = np.unique(np.linspace(0, len(pictures) - 1, min(self.views, len(pictures))).round().astype(int))
+        paths = [pictures[i] for i in chosen]
+        encoder = image_text_encoder(config.image_text_encoder, self.device)
+        tokens = token_encoder(config.token_encoder, self.device)
+        cache = config.datamanager.feature_cache_dir
+        assert cache is not None, "resolved() names one"
+        views = extract(paths, encoder, tokens, config.datamanager.scales, cache, CONSOLE)
+        text = encoder.embed_text(prompts).float()
+        similarities = [similarity_maps(views, view, text) for view in range(len(paths))]
+        flat = torch.cat([scale.flatten(0, 1) for view in similarities for scale in view])
+        shares = torch.bincount(flat.argmax(-1), minlength=len(prompts)) / len(flat)
+        advice = hints(prompts, flat)
+        for hint in advice:
+            CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
+        shown = [
+            PreviewedView(path.name, read_picture(path).numpy(), [scale.numpy() for scale in maps])
+            for path, maps in zip(paths, similarities, strict=True)
+        ]
+        sheet = contact_sheet(shown, prompts, palette(len(prompts)), config.datamanager.scales, shares.numpy())
+        write_picture(self.output_path.with_suffix(".png"), sheet)
+        summary = {
+            "encoder": config.image_text_encoder,
+            "views": [path.name for path in paths],
+            "shares": dict(zip(prompts, map(float, shares), strict=True)),
+            "hints": advice,
+        }
+        write_json(self.output_path.with_suffix(".json"), summary)
+        CONSOLE.print(f"Contact sheet: {escape(str(self.output_path.with_suffix('.png')))}")
+
+
+def similarity_maps(views: CachedViews, view: int, text: Float[Tensor, "C D"]) -> list[Float[Tensor, "rows cols C"]]:
+    """Cosine of each cell of a view with each prompt, one map a scale."""
+    grids = views.grids(view)
+    return [
+        (cells @ text.T).view(grid.rows, grid.cols, -1)
+        for grid, cells in zip(grids, scale_cells(views, view), strict=True)
+    ]
+
+
+def hints(prompts: list[str], similarities: Float[Tensor, "n C"]) -> list[str]:
+    """Sentences about prompts that never win and pairs that are the same to the encoder.
+
+    `similarities` are those of the cells of all views and scales.
+    """
+    winners = similarities.argmax(-1)
+    shares = torch.bincount(winners, minlength=len(prompts)) / len(winners)
+    standard = F.normalize(similarities - similarities.mean(0), dim=0)
+    correlation = standard.T @ standard
+    said = []
+    for i, prompt in enumerate(prompts):
+        if shares[i] >= NEVER:
+            continue
+        strongest = similarities[:, i].topk(max(1, len(similarities) // 50)).indices
+        rival = int(torch.bincount(winners[strongest], minlength=len(prompts)).argmax())
+        place = f"; where it fits best, '{prompts[rival]}' fits better" if rival != i else ""
+        said.append(
+            f"'{prompt}' wins almost nowhere ({shares[i]:.1%}){place}. Say what is seen (colour, material), show a view of "
+            "it, or drop it."
+        )
+    for i, j in (correlation.triu(1) > ALIKE).nonzero().tolist():
+        said.append(
+            f"'{prompts[i]}' and '{prompts[j]}' are nearly the same to the encoder (correlation {correlation[i, j]:.2f}): "
+            "they would share their object between them. Keep one."
+        )
+    return said
