@@ -10,9 +10,9 @@ from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from ovs3d_nerfstudio.annotations import Annotations
-from ovs3d_nerfstudio.cli.errors import CommandError
 from ovs3d_nerfstudio.cli.eval import ComparedView, class_index, panel, parse_mapping
 from ovs3d_nerfstudio.cli.labels import read_labels, write_labels
+from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.palette import palette
 
 

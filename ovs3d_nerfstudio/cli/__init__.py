@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
     command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=words[1:], description=module.Command.__doc__)
     # Imported here: `--help` needs none of it.
-    from ovs3d_nerfstudio.cli.errors import user_errors
+    from ovs3d_nerfstudio.errors import user_errors
 
     with user_errors():
         command.main()

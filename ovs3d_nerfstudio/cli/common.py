@@ -13,8 +13,8 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
 
-from ovs3d_nerfstudio.cli.errors import CommandError
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, reason
+from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.cache import written_beside
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
 from ovs3d_nerfstudio.prompts import PromptError, parse_prompts, prompt_key, read_prompts_file

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovs3d_nerfstudio.cli.errors import CommandError
 from ovs3d_nerfstudio.demo.run import run_demo
+from ovs3d_nerfstudio.errors import CommandError
 
 
 @dataclass

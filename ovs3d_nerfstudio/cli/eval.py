@@ -13,9 +13,9 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
 from ovs3d_nerfstudio.cli.common import ask, open_run, write_json
-from ovs3d_nerfstudio.cli.errors import CommandError
 from ovs3d_nerfstudio.cli.labels import ids, write_labels, write_picture
 from ovs3d_nerfstudio.cli.report import write_report
+from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.evaluation import RenderedView, rendered_views
 from ovs3d_nerfstudio.metrics import ViewMetrics, match_classes, relabel, summarise, view_metrics
 from ovs3d_nerfstudio.palette import colorize, colors_for

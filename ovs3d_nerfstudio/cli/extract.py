@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from ovs3d_nerfstudio.cli.errors import CommandError
 from ovs3d_nerfstudio.cli.scenes import SceneOptions
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.extraction import extract
 
 

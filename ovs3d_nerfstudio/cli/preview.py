@@ -14,11 +14,11 @@ from rich.markup import escape
 from torch import Tensor
 
 from ovs3d_nerfstudio.cli.common import write_json
-from ovs3d_nerfstudio.cli.errors import CommandError
 from ovs3d_nerfstudio.cli.labels import write_picture
 from ovs3d_nerfstudio.cli.scenes import SceneOptions
 from ovs3d_nerfstudio.cli.sheet import PreviewedView, contact_sheet
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import CachedViews, extract, read_picture
 from ovs3d_nerfstudio.palette import palette

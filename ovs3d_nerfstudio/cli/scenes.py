@@ -12,7 +12,7 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.trainer import TrainerConfig
 
-from ovs3d_nerfstudio.cli.errors import CommandError
+from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.extraction import default_cache_dir
 from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
 
