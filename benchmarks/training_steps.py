@@ -127,7 +127,7 @@ def profile(run: Run, blocks: int) -> str:
         (model, "semantic_losses", "semantic losses: feature, the rest"),
         (losses, "rda_loss", "semantic losses: RDA"),
         (losses, "fda_loss", "semantic losses: FDA"),
-        (losses, "patch_loss", "semantic losses: patch"),
+        (losses, "patch_distances", "semantic losses: patches, unmixing"),
         (FastHashEncoding, "forward", "hash grids, forward"),
         (Tensor, "backward", "backward"),
         (run.optimizers, "optimizer_scaler_step_all", "Adam"),

@@ -82,7 +82,7 @@ _UNMIXING = {
     "feature_loss_mult": 0.1,
     "rda_loss_mult": 0.1,
     "rda_range": "scene",
-    "fda_positive_mult": 1.0,
+    "fda_positive_mult": 2.0,
     "fda_negative_mult": 0.1,
     "fda_temperature": 0.5,
     "fda_temperature_unit": "spread",

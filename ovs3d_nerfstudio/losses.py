@@ -73,13 +73,13 @@ def fda_loss(
     return (positive * j).sum() / count_p, (negative * j).sum() / count_n
 
 
-def patch_loss(
+def patch_distances(
     rays: Float[Tensor, "n K"], windows: Windows, aperture: Float[Tensor, ""] | float = 0.0
-) -> Float[Tensor, ""]:
-    """Mean over the windows' patches of 1 − cos(mean of the rays inside the patch, the patch's own embedding).
+) -> Float[Tensor, " P"]:
+    """1 − cos(mean of the rays inside a patch, the patch's own embedding) of all patches of the windows.
 
-    The pyramid blurs: a cell is a mean over patches, and a patch is a mean over what it shows. This loss asks only that
-    the rendered rays, blurred in the same way, give the embeddings back, so the field itself may stay sharp. The rays
+    The pyramid blurs: a cell is a mean over patches, and a patch is a mean over what it shows. Here the
+    rendered rays, blurred in the same way, should give the embeddings back, so the field itself may stay sharp. The rays
     are not normalised: a thing may weigh more in an embedding than its area says.
 
     Args:
@@ -92,8 +92,23 @@ def patch_loss(
         rows, cols = _through(group.rows, aperture), _through(group.cols, aperture)
         mean = torch.einsum("pi,pj,ijk->pk", rows, cols, picture)
         distances.append(1 - F.cosine_similarity(mean, group.coefficients, dim=-1))
-    # A window may hold no patch at all, and a mean over nothing is NaN.
-    return torch.cat(distances).sum() / max(1, sum(map(len, distances)))
+    return torch.cat(distances)
+
+
+def patch_loss(distances: Float[Tensor, " P"]) -> Float[Tensor, ""]:
+    """Mean of `patch_distances` of features; 0 when no window holds a patch."""
+    return distances.sum() / max(1, len(distances))
+
+
+def unmixing_loss(classes: Float[Tensor, " P"], features: Float[Tensor, " P"]) -> Float[Tensor, ""]:
+    """Mean of the `patch_distances` of classes, each weighed by how much of a patch the classes explain.
+
+    A patch may show what no prompt names, or the encoder not know what it shows. Features, which are free, explain it all
+    the same, and the weight is the fourth power of their distance over the classes': 1 where classes explain a patch as
+    well. Without it the classes would be scattered so as to imitate what they cannot explain.
+    """
+    weights = ((features + 1e-3) / (classes + 1e-3)).clamp(max=1).pow(4).detach()
+    return (weights * classes).sum() / max(1, len(classes))
 
 
 def _through(coverage: Float[Tensor, "P T"], aperture: Float[Tensor, ""] | float) -> Float[Tensor, "P T"]:

@@ -4,7 +4,7 @@ An image-level encoder given a patch of several things answers with something be
 mixture are the encoder's, not the scene's, and are learned here with the field: pixels at a patch's centre count more
 than those at its border (the *aperture*); some classes outweigh others (their *weights*); and images lie off the text by
 a common *offset*, the modality gap. With them the embedding of a patch is explained by which class each of its pixels
-is (`losses.patch_loss` of `PatchMixture.rays`), as spectral unmixing explains a pixel by the materials in it.
+is (`losses.unmixing_loss`), as spectral unmixing explains a pixel by the materials in it.
 """
 
 from __future__ import annotations

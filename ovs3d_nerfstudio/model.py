@@ -256,18 +256,16 @@ class OVS3DModel(NerfactoModel):
         if windows is None:
             return result
         semantics: Semantics = outputs["window_semantics"]
-        if config.patch_loss_mult:
-            result["patch_loss"] = config.patch_loss_mult * losses.patch_loss(
-                semantics.salient, windows, self.mixture.aperture
-            )
+        if config.patch_loss_mult or config.unmixing_loss_mult:
+            free = losses.patch_distances(semantics.salient, windows, self.mixture.aperture)
+            result["patch_loss"] = config.patch_loss_mult * losses.patch_loss(free)
         if not batch["class_losses"]:
             return result
         scores = self.class_scores(semantics.coefficients)
         if config.unmixing_loss_mult:
             p = (scores / (config.unmixing_temperature * segmenter.spread)).softmax(-1)
-            result["unmixing_loss"] = config.unmixing_loss_mult * losses.patch_loss(
-                self.mixture.rays(p), windows, self.mixture.aperture
-            )
+            mixed = losses.patch_distances(self.mixture.rays(p), windows, self.mixture.aperture)
+            result["unmixing_loss"] = config.unmixing_loss_mult * losses.unmixing_loss(mixed, free)
         if config.fda_positive_mult or config.fda_negative_mult:
             tokens = windows.tokens
             log_p = (scores / self.fda_temperature()).log_softmax(-1).view(*tokens.shape[:2], -1)

@@ -112,9 +112,11 @@ def test_patch_loss_is_zero_when_blurred_features_give_the_patches_back():
     )
     group = PatchGroup(rows, cols.expand(2, 4), 3 * slow)
     windows = Windows(torch.zeros(16, 3), torch.zeros(1, 16, 2), [group], 4)
-    assert losses.patch_loss(features.view(16, 5), windows).item() == pytest.approx(0, abs=1e-12)
+    assert losses.patch_loss(losses.patch_distances(features.view(16, 5), windows)).item() == pytest.approx(
+        0, abs=1e-12
+    )
     group.coefficients = -group.coefficients
-    assert losses.patch_loss(features.view(16, 5), windows).item() == pytest.approx(2)
+    assert losses.patch_loss(losses.patch_distances(features.view(16, 5), windows)).item() == pytest.approx(2)
 
 
 def test_an_aperture_weighs_the_centre_of_a_patch_as_a_gaussian_does():
@@ -133,4 +135,13 @@ def test_an_aperture_weighs_the_centre_of_a_patch_as_a_gaussian_does():
                 u, v = (i + 0.5 - centre) / half, (j + 0.5 - centre) / half
                 mean += torch.exp(-aperture * (u**2 + v**2)) * rays[i * side + j]
         slow.append(1 - F.cosine_similarity(mean, embeddings[p], dim=0))
-    assert losses.patch_loss(rays, windows, aperture).item() == pytest.approx(torch.stack(slow).mean().item(), abs=1e-5)
+    assert torch.allclose(losses.patch_distances(rays, windows, aperture), torch.stack(slow), atol=1e-5)
+
+
+def test_unmixing_counts_for_little_where_classes_cannot_explain_a_patch():
+    features = torch.tensor([0.05, 0.05, 0.05])
+    classes = torch.tensor([0.04, 0.05, 0.5], requires_grad=True)
+    losses.unmixing_loss(classes, features).backward()
+    known, equal, unknown = (3 * classes.grad).tolist()
+    assert known == pytest.approx(1) and equal == pytest.approx(1) and unknown == pytest.approx((0.051 / 0.501) ** 4)
+    assert losses.unmixing_loss(torch.zeros(0), torch.zeros(0)) == losses.patch_loss(torch.zeros(0)) == 0

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows
-from ovs3d_nerfstudio.losses import patch_loss
+from ovs3d_nerfstudio.losses import patch_distances
 from ovs3d_nerfstudio.mixing import PatchMixture
 
 
@@ -39,7 +39,7 @@ def test_weights_offset_and_aperture_of_an_encoder_are_found():
     probabilities = F.one_hot(labels, 2).float()
     for _ in range(600):
         optimizer.zero_grad()
-        loss = patch_loss(mixture.rays(probabilities), windows, mixture.aperture)
+        loss = patch_distances(mixture.rays(probabilities), windows, mixture.aperture).mean()
         loss.backward()
         optimizer.step()
     rays = mixture.rays(torch.eye(2))

@@ -17,6 +17,8 @@ SUBCOMMANDS = {
     "extract": "Extract the features of a scene into its cache, without training.",
     "preview": "Show what the prompts are relevant to, before any training, and how to better them.",
     "eval": "Compare a run with the scene's masks: metrics as JSON, pictures, and a report.",
+    "render": "Render a run with prompts of the moment: pictures, videos, label images and masks.",
+    "export": "Export labelled points with their objects, a labelled mesh, or labelled Gaussians.",
 }
 """Name of each subcommand, which is its module in this folder too, and a sentence about it."""
 
@@ -28,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _explain(words)
         return
     module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
-    command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=words[1:], description=module.Command.__doc__)
+    # Where a subcommand has subcommands of its own, its `Command` is a union, and the module says what they are.
+    purpose = module.Command.__doc__ if isinstance(module.Command, type) else module.__doc__
+    command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=words[1:], description=purpose)
     # Imported here: `--help` needs none of it.
     from ovs3d_nerfstudio.errors import user_errors
 

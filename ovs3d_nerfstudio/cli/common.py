@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +23,15 @@ from ovs3d_nerfstudio.segmentation import Segmenter
 
 def open_run(
     load_config: Path,
-    test_mode: Literal["test", "inference"] = "test",
+    test_mode: Literal["test", "val", "inference"] = "test",
     rays_per_chunk: int | None = None,
     data: Path | None = None,
+    change: Callable[[TrainerConfig], TrainerConfig] = lambda config: config,
 ) -> tuple[TrainerConfig, OVS3DPipeline, Path, int]:
     """A trained run, ready to answer: its config, pipeline, checkpoint file and step.
 
-    The checkpoint is looked for beside the config, so a run may be moved; `data` says where its data went.
+    The checkpoint is looked for beside the config, so a run may be moved; `data` says where its data went, and `change`
+    may change what else is in the config.
 
     Raises:
         CommandError: no such config, one of another method, no checkpoint, no data, or a run without features.
@@ -40,9 +42,11 @@ def open_run(
         raise CommandError(f"The config {load_config} does not exist; name the config.yml that ns-train wrote.")
 
     def update(config: TrainerConfig) -> TrainerConfig:
-        if not isinstance(config.pipeline, OVS3DPipelineConfig):
+        config = change(config)
+        pipeline = config.pipeline
+        if not isinstance(pipeline, OVS3DPipelineConfig):
             raise CommandError(f"{load_config} is a run of {config.method_name}; name one of ovs3d or ovs3d-lite.")
-        datamanager = config.pipeline.datamanager
+        datamanager = pipeline.datamanager
         datamanager.data = data or datamanager.data
         place = Path(datamanager.data or datamanager.dataparser.data)
         if not place.exists():

@@ -9,8 +9,12 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from ovs3d_nerfstudio.annotations import mask_stem
 from ovs3d_nerfstudio.cli.common import write_json
+from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.cache import written_beside
+from ovs3d_nerfstudio.palette import save_legend
+from ovs3d_nerfstudio.prompts import CLASSES_FILE, prompt_key
 
 
 def write_labels(path: Path, labels: Int[np.ndarray, "H W"], num_classes: int) -> None:
@@ -32,9 +36,41 @@ def write_picture(path: Path, pixels: UInt8[np.ndarray, "H W 3"] | np.ndarray) -
         Image.fromarray(pixels).save(beside, format="PNG")
 
 
-def write_ids(path: Path, names: Sequence[str], colors: Float[np.ndarray, "C 3"]) -> None:
-    """Writes what each id of the label images means: `{"1": {"prompt": …, "color": [r, g, b]}, …}`, colours 0–255."""
-    write_json(path, ids(names, colors))
+class LabelFolder:
+    """A folder of label images and masks, one of each a view, in the layout of the 3D-OVS data set.
+
+    FOLDER/labels/VIEW.png                  ids, see `write_labels`; FOLDER/labels.json says what they mean
+    FOLDER/segmentations/classes.txt        the prompts
+    FOLDER/segmentations/VIEW/CLASS.png     white where the class is; only classes that the view shows
+    """
+
+    def __init__(self, folder: Path, prompts: Sequence[str], colors: Float[np.ndarray, "C 3"], masks: bool):
+        """Writes what all views share. Raises CommandError when two prompts would have one mask."""
+        self.folder, self.masks = folder, masks
+        self.stems = [mask_stem(prompt) for prompt in prompts]
+        write_json(folder / "labels.json", ids(prompts, colors))
+        save_legend(folder / "legend.png", prompts, colors)
+        if not masks:
+            return
+        taken: dict[str, str] = {}
+        for prompt, stem in zip(prompts, self.stems, strict=True):
+            other = taken.setdefault(prompt_key(stem), prompt)
+            if other is not prompt:
+                raise CommandError(
+                    f"'{other}' and '{prompt}' would both have the mask {stem}.png; change one of them, or leave the masks out."
+                )
+        path = folder / CLASSES_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(path) as beside:
+            beside.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+
+    def write(self, view: Path, labels: Int[np.ndarray, "H W"]) -> None:
+        """Writes the label image and the masks of `view`, a relative path without suffix; −1 is none."""
+        write_labels(self.folder / "labels" / view.with_name(f"{view.name}.png"), labels, len(self.stems))
+        if self.masks:
+            for label in np.unique(labels[labels >= 0]).tolist():
+                mask = (labels == label).astype(np.uint8) * 255
+                write_picture(self.folder / CLASSES_FILE.parent / view.name / f"{self.stems[label]}.png", mask)
 
 
 def ids(names: Sequence[str], colors: Float[np.ndarray, "C 3"]) -> dict[str, dict]:

@@ -1,0 +1,127 @@
+"""Everything that ns-render does, with prompts of the moment: its options are ns-render's own, and ours are those about
+prompts, labels and masks. Beside the pictures or the video it writes, for each view, a label image (one id a class, 0 where
+a ray hits nothing; labels.json says what an id means) and one mask a class in the layout of the 3D-OVS data set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, Union
+from unittest import mock
+
+import numpy as np
+import tyro
+from nerfstudio.scripts import render
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
+
+from ovs3d_nerfstudio.cli.common import ask, open_run
+from ovs3d_nerfstudio.cli.labels import LabelFolder
+from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+
+
+@dataclass
+class _Asking:
+    """What is added to each of nerfstudio's render classes, which stands behind it in the order of bases."""
+
+    rendered_output_names: list[str] = field(default_factory=lambda: ["rgb", "segmentation", "segmentation_overlay"])
+    """Outputs to render: rgb, segmentation, segmentation_overlay, relevancy_<prompt>, scale, features_pca, depth…"""
+    prompts: str = ""
+    """Prompts to ask for, separated by semicolons; default: those of the training."""
+    prompts_file: Path | None = None
+    """A text file with one prompt a line, in place of `prompts`."""
+    labels: bool = True
+    """Write a label image of each view."""
+    masks: bool = True
+    """Write one mask a class of each view too, where label images are written."""
+
+    def main(self) -> None:
+        """Raises CommandError and the errors of prompts and encoders; nerfstudio's own mistakes end as in ns-render."""
+        with mock.patch.object(render, "eval_setup", self._setup):
+            super().main()  # type: ignore[misc]
+
+    def folders(self, pipeline: OVS3DPipeline) -> Iterator[tuple[Path, Path]]:
+        """For each view in the order of rendering: the folder of its labels, and its name below it without suffix."""
+        folder = self.output_path.with_suffix("")  # type: ignore[attr-defined]
+        return ((folder, Path(f"{frame:05d}")) for frame in count())
+
+    def _setup(self, load_config, eval_num_rays_per_chunk=None, test_mode="test", update_config_callback=None) -> Any:
+        """Stands in for nerfstudio's `eval_setup`: a run that answers for our prompts and writes down its labels."""
+        change = update_config_callback or (lambda config: config)
+        config, pipeline, checkpoint, step = open_run(load_config, test_mode, eval_num_rays_per_chunk, change=change)
+        prompts = ask(pipeline, self.prompts, self.prompts_file)
+        if self.labels:
+            self._record(pipeline, prompts)
+        return config, pipeline, checkpoint, step
+
+    def _record(self, pipeline: OVS3DPipeline, prompts: list[str]) -> None:
+        model, views, written = pipeline.model, self.folders(pipeline), {}
+        render_camera, colors = model.get_outputs_for_camera, model.segmenter.colors.cpu().numpy()
+
+        def recorded(*arguments: Any, **options: Any) -> dict:
+            outputs = render_camera(*arguments, **options)
+            folder, view = next(views)
+            if folder not in written:
+                written[folder] = LabelFolder(folder, prompts, colors, self.masks)
+                CONSOLE.print(f"Labels: {escape(str(folder))}")
+            labels = model.segmenter.labels_of(outputs["segmentation"])
+            written[folder].write(view, np.where(outputs["accumulation"][..., 0].cpu() < 0.5, -1, labels.cpu()))
+            return outputs
+
+        model.get_outputs_for_camera = recorded  # type: ignore[method-assign]
+
+
+@dataclass
+class RenderDataset(_Asking, render.DatasetRender):
+    """Render the photos' own views: OUTPUT_PATH/SPLIT has a folder for each output, labels and segmentations."""
+
+    def folders(self, pipeline: OVS3DPipeline) -> Iterator[tuple[Path, Path]]:
+        for split in self.split.split("+"):
+            photos = pipeline.datamanager.dataparser.get_dataparser_outputs(split).image_filenames
+            # As ns-render names its pictures, which may lie in folders.
+            root = os.path.commonpath(photos) if len(photos) > 1 else photos[0].parent
+            for photo in photos:
+                yield self.output_path / split, photo.relative_to(root).with_suffix("")
+
+
+@dataclass
+class RenderCameraPath(_Asking, render.RenderCameraPath):
+    """Render a camera path of the viewer or of the Blender add-on."""
+
+    def main(self) -> None:
+        """Raises CommandError for a file that is no camera path."""
+        try:
+            path = json.loads(self.camera_path_filename.read_text(encoding="utf-8"))
+            complete = bool(path["camera_path"]) and path["seconds"] > 0
+        except (ValueError, KeyError, TypeError):
+            complete = False
+        if not complete:
+            raise CommandError(
+                f"{self.camera_path_filename} is no camera path; export one from the viewer's render tab."
+            )
+        super().main()
+
+
+@dataclass
+class RenderInterpolated(_Asking, render.RenderInterpolated):
+    """Render a path from photo to photo."""
+
+
+@dataclass
+class RenderSpiral(_Asking, render.SpiralRender):
+    """Render a spiral about the first held-out photo."""
+
+
+Command = tyro.conf.FlagConversionOff[
+    Union[  # noqa: UP007 (tyro wants names for the parts)
+        Annotated[RenderDataset, tyro.conf.subcommand(name="dataset")],
+        Annotated[RenderCameraPath, tyro.conf.subcommand(name="camera-path")],
+        Annotated[RenderInterpolated, tyro.conf.subcommand(name="interpolate")],
+        Annotated[RenderSpiral, tyro.conf.subcommand(name="spiral")],
+    ]
+]

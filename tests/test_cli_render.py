@@ -1,0 +1,100 @@
+"""`ovs3d render`: what ns-render makes, and label images and masks that say the same as the pictures."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovs3d_nerfstudio.annotations import Annotations
+from ovs3d_nerfstudio.cli.labels import LabelFolder, read_labels
+from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.palette import colorize, palette
+
+ASIDE = Path("a side.v1")
+
+
+def test_masks_are_read_back_as_annotations_whatever_the_prompts_are_called(tmp_path):
+    prompts = ["a/b: c", "../../up", "δέντρο"]
+    labels = np.random.default_rng(0).integers(-1, 3, (6, 4))
+    folder = LabelFolder(tmp_path / "out", prompts, palette(3), masks=True)
+    folder.write(ASIDE, labels)
+    annotations = Annotations(tmp_path / "out", [Path("a side.v1.jpg")])
+    order = [prompts.index(name) for name in annotations.classes]
+    read = annotations.labels(ASIDE.name, 6, 4)
+    assert np.array_equal(np.array([*order, -1])[read], labels)
+    assert np.array_equal(read_labels(tmp_path / "out" / "labels" / "a side.v1.png"), labels)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_two_prompts_with_one_mask_are_refused_unless_masks_are_left_out(tmp_path):
+    with pytest.raises(CommandError, match=r"both have the mask A_b\.png"):
+        LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=True)
+    LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=False)
+
+
+@pytest.mark.slow
+def test_a_rendered_split_has_labels_masks_and_pictures_that_agree(trained, tmp_path, ovs3d):
+    words = [
+        "render",
+        "dataset",
+        "--load-config",
+        trained[0],
+        "--output-path",
+        tmp_path / "out",
+        "--image-format",
+        "png",
+    ]
+    status, _ = ovs3d(*words, "--prompts", "books; cat; space rocket; kitten")
+    assert status == 0
+    meaning = json.loads((tmp_path / "out" / "test" / "labels.json").read_text())
+    assert [meaning[key]["prompt"] for key in meaning] == ["books", "cat", "space rocket", "kitten"]
+    colors = np.array([meaning[key]["color"] for key in meaning]) / 255
+    for stem in ("test_00", "test_01", "test_02"):
+        labels = read_labels(tmp_path / "out" / "test" / "labels" / f"{stem}.png")
+        shown = np.asarray(Image.open(tmp_path / "out" / "test" / "segmentation" / f"{stem}.png")).astype(int)
+        agree = np.abs(shown - colorize(labels, colors) * 255).max(-1) < 2
+        assert agree[labels >= 0].all() and (labels >= 0).mean() > 0.5
+        assert Image.open(tmp_path / "out" / "test" / "segmentation_overlay" / f"{stem}.png").size == (96, 72)
+        masks = list((tmp_path / "out" / "test" / "segmentations" / stem).glob("*.png"))
+        assert sum((np.asarray(Image.open(mask)) == 255).sum() for mask in masks) == (labels >= 0).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["interpolate", "spiral"])
+def test_videos_have_a_label_image_a_frame(trained, tmp_path, ovs3d, mode):
+    steps = ["--interpolation-steps", 2] if mode == "interpolate" else ["--seconds", 1, "--frame-rate", 2]
+    words = ["render", mode, "--load-config", trained[0], "--output-path", tmp_path / "v.mp4", *steps]
+    status, _ = ovs3d(*words, "--downscale-factor", 2, "--masks", "False", "--rendered-output-names", "relevancy_cat")
+    assert status == 0
+    with av.open(str(tmp_path / "v.mp4")) as video:
+        frames = len(list(video.decode(video=0)))
+    labels = sorted((tmp_path / "v" / "labels").iterdir())
+    assert len(labels) == frames and Image.open(labels[0]).size == (48, 36)
+    assert not (tmp_path / "v" / "segmentations").exists()
+
+
+@pytest.mark.slow
+def test_a_camera_path_is_rendered_with_other_prompts(trained, tmp_path, ovs3d):
+    pose = np.eye(4)
+    pose[2, 3] = 1
+    path = {"render_height": 36, "render_width": 48, "seconds": 1, "fps": 2, "camera_type": "perspective"}
+    path["camera_path"] = [{"camera_to_world": pose.flatten().tolist(), "fov": 60, "aspect": 4 / 3}] * 2
+    (tmp_path / "path.json").write_text(json.dumps(path))
+    words = ["render", "camera-path", "--load-config", trained[0], "--camera-path-filename", tmp_path / "path.json"]
+    words += ["--output-path", tmp_path / "i", "--output-format", "images", "--prompts", "dog; books"]
+    status, _ = ovs3d(*words, "--rendered-output-names", "relevancy_dog", "segmentation")
+    assert status == 0
+    assert len(list((tmp_path / "i").glob("*.jpg"))) == 2 and len(list((tmp_path / "i" / "labels").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["{}", "x", '{"seconds": 1, "camera_path": []}', None])
+def test_what_is_no_camera_path_ends_with_a_sentence(trained, tmp_path, ovs3d, text):
+    if text is not None:
+        (tmp_path / "path.json").write_text(text)
+    words = ["--load-config", trained[0], "--camera-path-filename", tmp_path / "path.json"]
+    status, printed = ovs3d("render", "camera-path", *words)
+    assert status == 1 and "path.json" in printed and "Error" in printed

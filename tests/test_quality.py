@@ -1,0 +1,25 @@
+"""The quality benchmark in a short form: a small scene, a third of the training, and the field must be worth its trouble."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import command
+
+from ovs3d_nerfstudio.demo.scene import make_scene
+
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "quality.py"
+STEPS, MARGIN = 600, 0.05
+
+
+@pytest.mark.slow
+def test_the_full_method_is_clearly_above_the_2d_pyramid_alone(tmp_path):
+    scene = make_scene(tmp_path / "scene", width=160, train_views=16, test_views=3)
+    words = ["--scene", scene, "--encoder", "offline", "--seeds", 0, "--rows", "pyramid-2d", "full", "--steps", STEPS]
+    printed = command("python", BENCHMARK, *words, "--json", "quality.json", cwd=tmp_path).stdout
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    held_out = {row["row"]: row["miou"] for row in rows if row["split"] == "test"}
+    assert held_out["full"] > held_out["pyramid-2d"] + MARGIN, held_out
+    assert {row["split"] for row in rows} == {"test", "train"}
+    assert "Held-out protocol" in printed and "Paper protocol" in printed and "| **full** |" in printed
+    assert list((tmp_path / "outputs" / "quality" / "pictures").glob("scene-offline.png"))
