@@ -1,0 +1,137 @@
+"""Labels of points in space, the frame of the data, and the connected objects of a labelled cloud."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.model import OVS3DModel
+
+CHUNK = 1 << 16
+"""Points labelled at once."""
+EDGE = 0.001
+"""Share of an object's points on either side of each axis that its box leaves out: floaters, which every field has."""
+
+
+@dataclass
+class LabelledPoints:
+    """A cloud; `class_id` is the label + 1, as in label images, and 0 is none."""
+
+    positions: Float[np.ndarray, "N 3"]
+    colors: Float[np.ndarray, "N 3"]
+    """Of the photos, in [0, 1]."""
+    class_id: Int[np.ndarray, " N"]
+    probability: Float[np.ndarray, " N"]
+    """Of the class, in [0, 1]."""
+
+    def __getitem__(self, chosen: np.ndarray) -> LabelledPoints:
+        """The chosen points."""
+        return LabelledPoints(
+            self.positions[chosen], self.colors[chosen], self.class_id[chosen], self.probability[chosen]
+        )
+
+
+def classify(model: OVS3DModel, coefficients: Float[Tensor, "*n K"]) -> tuple[Int[Tensor, "*n"], Float[Tensor, "*n"]]:
+    """The winning class and its probability, at the temperature that FDA had in training."""
+    p = (model.class_scores(coefficients) / model.fda_temperature()).softmax(-1)
+    probability, label = p.max(-1)
+    return label, probability
+
+
+@torch.no_grad()
+def label_positions(
+    model: OVS3DModel, positions: Float[np.ndarray, "N 3"]
+) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """Class and probability of points in the model's frame, from the semantic field at these very points."""
+    labels, probabilities = [], []
+    for part in torch.from_numpy(positions.astype(np.float32)).split(CHUNK):
+        label, probability = classify(model, model.semantic_field(part.to(model.device))[0])
+        labels.append(label.cpu())
+        probabilities.append(probability.cpu())
+    return torch.cat(labels).numpy(), torch.cat(probabilities).numpy()
+
+
+@dataclass
+class Frame:
+    """The similarity from the data's coordinates to those of a model: x ↦ scale · (transform · x)."""
+
+    transform: Float[np.ndarray, "3 4"]
+    scale: float
+
+    @staticmethod
+    def of_run(folder: Path) -> Frame:
+        """The frame of the run in `folder`. Raises CommandError when its dataparser_transforms.json is missing or broken."""
+        path = folder / "dataparser_transforms.json"
+        try:
+            saved = json.loads(path.read_text())
+            return Frame(np.array(saved["transform"], float).reshape(3, 4), float(saved["scale"]))
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            raise CommandError(f"{path} is missing or broken; name a run of ns-train that has it.") from None
+
+    def to_model(self, positions: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 3"]:
+        return self.scale * (positions @ self.transform[:, :3].T + self.transform[:, 3])
+
+    def to_data(self, positions: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 3"]:
+        return (positions / self.scale - self.transform[:, 3]) @ np.linalg.inv(self.transform[:, :3]).T
+
+
+def connected(positions: Float[np.ndarray, "N 3"], gap: float) -> Int[np.ndarray, " N"]:
+    """A component for each point, 0 the largest: points share one when steps of at most about `gap` lead between them.
+
+    Points are gathered in cubes of side `gap`; cubes that touch, corners included, are connected.
+    """
+    cubes, cube_of = np.unique(np.floor(positions / gap).astype(np.int64), axis=0, return_inverse=True)
+    pairs = cKDTree(cubes).query_pairs(1.0, p=np.inf, output_type="ndarray")
+    graph = coo_matrix((np.ones(len(pairs)), pairs.T), shape=(len(cubes),) * 2)
+    component = connected_components(graph, directed=False)[1][cube_of.ravel()]
+    order = np.argsort(-np.bincount(component), kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rank[component]
+
+
+def extent(positions: Float[np.ndarray, "N 3"]) -> float:
+    """Diagonal of the box around the cloud without the outermost twentieth on each side of each axis."""
+    return float(np.linalg.norm(np.quantile(positions, 0.95, 0) - np.quantile(positions, 0.05, 0)))
+
+
+def objects(cloud: LabelledPoints, gap: float, least: float, name_of: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The connected objects of each class, largest first, as JSON can hold them.
+
+    Args:
+        gap: see `connected`, in units of the cloud.
+        least: smallest share of a class's points that makes an object.
+        name_of: the prompt of a class id.
+    """
+    found = []
+    for class_id in np.unique(cloud.class_id[cloud.class_id > 0]).tolist():
+        chosen = cloud[cloud.class_id == class_id]
+        component = connected(chosen.positions, gap)
+        for part in range(component.max() + 1):
+            points = chosen[component == part]
+            if len(points.positions) < max(least * len(chosen.positions), 2):
+                break
+            low, high = np.quantile(points.positions, [EDGE, 1 - EDGE], axis=0)
+            found.append(
+                {
+                    "prompt": name_of(class_id),
+                    "class_id": class_id,
+                    "points": len(points.positions),
+                    "centroid": points.positions.mean(0).tolist(),
+                    "box": {"min": low.tolist(), "max": high.tolist()},
+                    "probability": float(points.probability.mean()),
+                }
+            )
+    return found

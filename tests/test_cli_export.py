@@ -1,0 +1,180 @@
+"""`ovs3d export`: files that other readers open, in the frame of the data, with labels and objects that are right."""
+
+import json
+
+import numpy as np
+import open3d
+import pytest
+import torch
+import trimesh
+from plyfile import PlyData
+
+from ovs3d_nerfstudio.cli.ply import vertex_table, with_labels, write_ply
+from ovs3d_nerfstudio.cli.points import Frame, LabelledPoints, connected, extent, objects
+from ovs3d_nerfstudio.demo.raycast import cast
+from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, train_cameras
+from ovs3d_nerfstudio.errors import CommandError
+
+
+def demo_cloud() -> tuple[LabelledPoints, list[str]]:
+    """The points that the demo scene's cameras see, with their true classes."""
+    solids = demo_solids()
+    names = sorted({solid.name for solid in solids})
+    positions, classes = [], []
+    for camera in train_cameras(12, 160):
+        index, depth = cast(solids, camera)
+        seen = (index >= 0).ravel()
+        origins, directions = camera.rays(1)
+        positions.append((origins + directions * depth.ravel()).T[seen])
+        classes.append(np.array([names.index(solid.name) + 1 for solid in solids])[index.ravel()[seen]])
+    positions, classes = np.concatenate(positions).astype(float), np.concatenate(classes)
+    return LabelledPoints(positions, np.zeros_like(positions), classes, np.ones(len(classes))), names
+
+
+def test_objects_of_the_demo_scene_are_where_its_blocks_stand():
+    cloud, names = demo_cloud()
+    found = objects(cloud, 0.02 * extent(cloud.positions), 0.02, lambda class_id: names[class_id - 1])
+    for solid in blocks(demo_solids()):
+        (one,) = [entry for entry in found if entry["prompt"] == solid.name]
+        low, high = solid.bounds()
+        # The cameras stand before the scene: what faces them, the left, the right and the top, is all that they see.
+        size = (high - low).max()
+        assert abs(one["box"]["max"][2] - high[2]) < 0.03 * size
+        assert np.abs(np.array(one["box"]["min"])[:2] - low[:2]).max() < 0.05 * size
+        assert abs(one["box"]["max"][0] - high[0]) < 0.05 * size
+        assert (np.array(one["centroid"]) > low).all() and (np.array(one["centroid"]) < high).all()
+
+
+def test_components_are_apart_by_more_than_the_gap_and_sorted_by_size():
+    line = np.stack([np.arange(30) * 0.9, np.zeros(30), np.zeros(30)], -1)
+    far = line[:5] + np.array([0, 10, 0])
+    labels = connected(np.concatenate([far, line]), gap=1.0)
+    assert labels.tolist() == [1] * 5 + [0] * 30
+
+
+def test_small_parts_are_no_objects():
+    positions = np.concatenate([np.random.default_rng(0).uniform(0, 1, (1000, 3)), [[9.0, 9, 9], [9, 9, 9.1]]])
+    cloud = LabelledPoints(positions, positions * 0, np.ones(1002, int), np.ones(1002))
+    assert len(objects(cloud, 0.3, 0.02, str)) == 1 and len(objects(cloud, 0.3, 0.001, str)) == 2
+
+
+def test_a_frame_goes_there_and_back(tmp_path):
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    saved = {"transform": np.c_[rotation, [1, 2, 3]].tolist(), "scale": 0.3}
+    (tmp_path / "dataparser_transforms.json").write_text(json.dumps(saved))
+    frame, points = Frame.of_run(tmp_path), np.random.default_rng(1).normal(size=(5, 3))
+    assert np.allclose(frame.to_data(frame.to_model(points)), points)
+    assert np.allclose(frame.to_model(points)[0], 0.3 * (rotation @ points[0] + [1, 2, 3]))
+    with pytest.raises(CommandError, match="missing or broken"):
+        Frame.of_run(tmp_path / "elsewhere")
+
+
+def test_ply_files_are_read_by_others(tmp_path):
+    points = np.random.default_rng(0).uniform(size=(4, 3))
+    table = vertex_table(points, np.eye(4)[:, :3], np.arange(4), np.linspace(0, 1, 4))
+    write_ply(tmp_path / "m.ply", table, np.array([[0, 1, 2], [1, 2, 3]]))
+    mesh = trimesh.load(tmp_path / "m.ply", process=False)
+    assert np.allclose(mesh.vertices, points, atol=1e-6) and len(mesh.faces) == 2
+    again = open3d.io.read_triangle_mesh(str(tmp_path / "m.ply"))
+    assert np.allclose(np.asarray(again.vertex_colors)[1], [0, 1, 0])
+    assert with_labels(table, np.full(4, 9), np.ones(4))["class_id"].tolist() == [9] * 4
+
+
+@pytest.mark.slow
+def test_a_point_cloud_lies_in_the_data_and_carries_the_runs_labels(trained, scene, tmp_path, ovs3d):
+    words = ["export", "pointcloud", "--load-config", trained[0], "--output-dir", tmp_path, "--num-points", 3000]
+    status, printed = ovs3d(*words, "--num-rays-per-batch", 1024, "--file-a-class")
+    assert status == 0 and "objects" in printed
+    cloud = open3d.t.io.read_point_cloud(str(tmp_path / "point_cloud.ply"))
+    vertices = PlyData.read(str(tmp_path / "point_cloud.ply"))["vertex"].data
+    assert 2000 < len(cloud.point.positions) == len(vertices) <= 3000
+    classes = json.loads((tmp_path / "classes.json").read_text())
+    for row in vertices[:200]:
+        assert classes[str(row["class_id"])]["color"] == [row["red"], row["green"], row["blue"]]
+    assert ((vertices["probability"] > 0) & (vertices["probability"] <= 1)).all()
+    files = list(tmp_path.glob("[0-9]*.ply"))
+    assert sum(len(PlyData.read(str(path))["vertex"].data) for path in files) == len(vertices)
+    # Every point is seen by a camera of the data, in the data's coordinates.
+    points = np.stack([vertices[axis] for axis in "xyz"], -1).astype(float)
+    inside = np.zeros(len(points), bool)
+    for camera in train_cameras(8, 96):
+        pixels, depth = camera.project(points)
+        inside |= ((pixels >= -1) & (pixels <= [97, 73])).all(-1) & (depth > 0)
+    assert inside.all()
+    for entry in json.loads((tmp_path / "objects.json").read_text())["objects"]:
+        assert (np.array(entry["box"]["min"]) <= entry["box"]["max"]).all() and entry["points"] >= 2
+
+
+@pytest.mark.slow
+def test_points_have_the_labels_of_their_pixels(trained, ovs3d):
+    from ovs3d_nerfstudio.cli.cloud import sample_cloud
+    from ovs3d_nerfstudio.cli.common import open_run
+
+    _, pipeline, _, _ = open_run(trained[0])
+    torch.manual_seed(0)
+    cloud = sample_cloud(pipeline, 200, 256, 0)
+    torch.manual_seed(0)
+    rays, _ = pipeline.datamanager.next_train(0)
+    with torch.no_grad():
+        outputs = pipeline.model(rays)
+    ends = outputs["accumulation"][:, 0] > 0.5
+    expected = pipeline.model.segmenter.labels_of(outputs["segmentation"])[ends] + 1
+    assert np.array_equal(cloud.class_id[: len(expected)], expected.numpy()[:200])
+
+
+@pytest.mark.slow
+def test_a_mesh_and_a_splat_carry_the_labels_of_their_places(trained, tmp_path, ovs3d):
+    from ovs3d_nerfstudio.cli.common import open_run
+    from ovs3d_nerfstudio.cli.points import label_positions
+
+    ball = open3d.geometry.TriangleMesh.create_sphere(0.4, 12)
+    open3d.io.write_triangle_mesh(str(tmp_path / "ball.ply"), ball)
+    words = ["--load-config", trained[0], "--output-dir", tmp_path / "out", "--prompts", "books; cat; espresso"]
+    status, _ = ovs3d("export", "mesh", *words, "--mesh", tmp_path / "ball.ply")
+    assert status == 0
+    mesh = trimesh.load(tmp_path / "out" / "mesh.ply", process=False)
+    vertices = PlyData.read(str(tmp_path / "out" / "mesh.ply"))["vertex"].data
+    assert len(mesh.faces) == len(ball.triangles) and mesh.is_watertight and mesh.volume > 0
+    frame = Frame.of_run(trained[0].parent)
+    assert np.allclose(frame.to_model(np.asarray(mesh.vertices)), np.asarray(ball.vertices), atol=1e-4)
+
+    names = ["x", "y", "z", "f_dc_0", "opacity", "scale_0", "rot_0"]
+    table = np.zeros(len(vertices), [(name, "f4") for name in names])
+    for axis, name in enumerate("xyz"):
+        table[name] = np.asarray(ball.vertices)[:, axis]
+    table["f_dc_0"] = np.arange(len(table))
+    write_ply(tmp_path / "splat.ply", table)
+    words = [*words, "--splat", tmp_path / "splat.ply", "--splat-config", trained[0]]
+    status, _ = ovs3d("export", "splat", *words)
+    assert status == 0
+    labelled = PlyData.read(str(tmp_path / "out" / "splat.ply"))["vertex"].data
+    assert list(labelled.dtype.names) == [*names, "class_id", "probability"]
+    assert (labelled["class_id"] == vertices["class_id"]).mean() > 0.99
+    assert np.array_equal(labelled["f_dc_0"], table["f_dc_0"])
+    for number, prompt in enumerate(["books", "cat", "espresso"], start=1):
+        alone = PlyData.read(str(tmp_path / "out" / f"{number:03d}-{prompt}.ply"))["vertex"].data
+        without = PlyData.read(str(tmp_path / "out" / f"{number:03d}-{prompt}-removed.ply"))["vertex"].data
+        assert len(alone) == (labelled["class_id"] == number).sum() and len(alone) + len(without) == len(table)
+        assert alone.dtype.names == table.dtype.names
+    _, pipeline, _, _ = open_run(trained[0])
+    # The run's own prompts, in another order and number, are answered by the same field.
+    labels, probability = label_positions(pipeline.model, np.asarray(ball.vertices))
+    assert labels.max() < 7 and (probability <= 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["splat", "--splat", "nowhere.ply"], "nowhere.ply does not exist"),
+        (["splat", "--splat", "BROKEN"], "cannot be read as a PLY"),
+        (["mesh", "--mesh", "nowhere.ply"], "nowhere.ply does not exist"),
+        (["mesh", "--mesh", "BROKEN"], "cannot be read as a mesh"),
+        (["pointcloud", "--num-points", "0"], "--num-points 0"),
+    ],
+)
+def test_export_ends_a_users_mistake_with_a_sentence(trained, tmp_path, ovs3d, words, said):
+    (tmp_path / "broken.ply").write_text("ply? no")
+    words = [tmp_path / "broken.ply" if word == "BROKEN" else word for word in words]
+    status, printed = ovs3d("export", *words, "--load-config", trained[0], "--output-dir", tmp_path)
+    assert status == 1 and said in printed
