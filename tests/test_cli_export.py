@@ -10,7 +10,7 @@ import trimesh
 from plyfile import PlyData
 
 from ovs3d_nerfstudio.cli.ply import vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.cli.points import Frame, LabelledPoints, connected, extent, objects
+from ovs3d_nerfstudio.cli.points import Frame, LabelledPoints, connected, objects
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, train_cameras
 from ovs3d_nerfstudio.errors import CommandError
@@ -20,20 +20,22 @@ def demo_cloud() -> tuple[LabelledPoints, list[str]]:
     """The points that the demo scene's cameras see, with their true classes."""
     solids = demo_solids()
     names = sorted({solid.name for solid in solids})
-    positions, classes = [], []
+    positions, classes, distances = [], [], []
     for camera in train_cameras(12, 160):
         index, depth = cast(solids, camera)
         seen = (index >= 0).ravel()
         origins, directions = camera.rays(1)
+        distances.append((depth.ravel() * np.linalg.norm(directions, axis=0))[seen])
         positions.append((origins + directions * depth.ravel()).T[seen])
         classes.append(np.array([names.index(solid.name) + 1 for solid in solids])[index.ravel()[seen]])
     positions, classes = np.concatenate(positions).astype(float), np.concatenate(classes)
-    return LabelledPoints(positions, np.zeros_like(positions), classes, np.ones(len(classes))), names
+    distance = np.concatenate(distances)
+    return LabelledPoints(positions, np.zeros_like(positions), classes, np.ones(len(classes)), distance), names
 
 
 def test_objects_of_the_demo_scene_are_where_its_blocks_stand():
     cloud, names = demo_cloud()
-    found = objects(cloud, 0.02 * extent(cloud.positions), 0.02, lambda class_id: names[class_id - 1])
+    found = objects(cloud, 0.02 * float(np.median(cloud.distance)), 0.02, lambda class_id: names[class_id - 1])
     for solid in blocks(demo_solids()):
         (one,) = [entry for entry in found if entry["prompt"] == solid.name]
         low, high = solid.bounds()
@@ -54,7 +56,7 @@ def test_components_are_apart_by_more_than_the_gap_and_sorted_by_size():
 
 def test_small_parts_are_no_objects():
     positions = np.concatenate([np.random.default_rng(0).uniform(0, 1, (1000, 3)), [[9.0, 9, 9], [9, 9, 9.1]]])
-    cloud = LabelledPoints(positions, positions * 0, np.ones(1002, int), np.ones(1002))
+    cloud = LabelledPoints(positions, positions * 0, np.ones(1002, int), np.ones(1002), np.ones(1002))
     assert len(objects(cloud, 0.3, 0.02, str)) == 1 and len(objects(cloud, 0.3, 0.001, str)) == 2
 
 
@@ -83,11 +85,11 @@ def test_ply_files_are_read_by_others(tmp_path):
 @pytest.mark.slow
 def test_a_point_cloud_lies_in_the_data_and_carries_the_runs_labels(trained, scene, tmp_path, ovs3d):
     words = ["export", "pointcloud", "--load-config", trained[0], "--output-dir", tmp_path, "--num-points", 3000]
-    status, printed = ovs3d(*words, "--num-rays-per-batch", 1024, "--file-a-class")
+    status, printed = ovs3d(*words, "--num-rays-per-batch", 1024, "--file-a-class", "--farthest", 0)
     assert status == 0 and "objects" in printed
     cloud = open3d.t.io.read_point_cloud(str(tmp_path / "point_cloud.ply"))
     vertices = PlyData.read(str(tmp_path / "point_cloud.ply"))["vertex"].data
-    assert 2000 < len(cloud.point.positions) == len(vertices) <= 3000
+    assert 1000 < len(cloud.point.positions) == len(vertices) <= 3000
     classes = json.loads((tmp_path / "classes.json").read_text())
     for row in vertices[:200]:
         assert classes[str(row["class_id"])]["color"] == [row["red"], row["green"], row["blue"]]

@@ -45,16 +45,14 @@ def sample_cloud(pipeline: OVS3DPipeline, num_points: int, rays_per_batch: int, 
             if tries == MOST_TRIES:
                 raise CommandError("The rays of this run end nowhere; train it longer before you export it.")
             position = rays.origins + rays.directions * outputs["depth"]
-            columns = (position, outputs["rgb"], outputs["label"] + 1, outputs["probability"])
+            label, distance = outputs["label"] + 1, outputs["depth"][:, 0]
+            columns = (position, outputs["rgb"], label, outputs["probability"], distance)
             parts.append(LabelledPoints(*(column[ends].cpu().numpy() for column in columns)))
             count += int(ends.sum())
             progress.update(task, completed=min(count, num_points))
-    cloud = LabelledPoints(
-        np.concatenate([part.positions for part in parts]).astype(np.float64),
-        np.concatenate([part.colors for part in parts]),
-        np.concatenate([part.class_id for part in parts]),
-        np.concatenate([part.probability for part in parts]),
-    )[np.arange(num_points)]
+    gathered = zip(*(vars(part).values() for part in parts), strict=True)
+    cloud = LabelledPoints(*map(np.concatenate, gathered))[np.arange(num_points)]
+    cloud.positions = cloud.positions.astype(np.float64)
     return cloud[_inliers(cloud.positions, std_ratio)] if std_ratio > 0 else cloud
 
 

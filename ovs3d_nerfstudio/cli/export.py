@@ -17,7 +17,7 @@ from ovs3d_nerfstudio.cli.cloud import sample_cloud
 from ovs3d_nerfstudio.cli.common import ask, open_run, write_json
 from ovs3d_nerfstudio.cli.labels import ids
 from ovs3d_nerfstudio.cli.ply import positions_of, read_vertices, vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.cli.points import Frame, extent, label_positions, objects
+from ovs3d_nerfstudio.cli.points import Frame, label_positions, objects
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.palette import colorize, save_legend
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
@@ -69,11 +69,15 @@ class ExportPointCloud(_Export):
     file_a_class: bool = False
     """Write the points of each class as a file of their own too."""
     object_gap: float = 0.01
-    """Points of a class farther apart than this belong to different objects; a share of the scene's diagonal."""
+    """Points of a class farther apart than this belong to different objects; a share of the diagonal of the
+    box around the cameras."""
     smallest_object: float = 0.02
     """Smallest share of a class's points that counts as an object."""
     num_rays_per_batch: int = 8192
     """Rays rendered at once."""
+    farthest: float = 10.0
+    """Points seen from farther than this many diagonals of the box around the cameras are left out, for what has no texture
+    may lie anywhere behind. 0 keeps all."""
     std_ratio: float = 10.0
     """Points are outliers from so many standard deviations of their distance to their neighbours on; 0 keeps all."""
 
@@ -85,12 +89,22 @@ class ExportPointCloud(_Export):
                 raise CommandError(f"--{option} {getattr(self, name)} is not possible; give more than 0.")
         pipeline = self.opened()
         cloud = sample_cloud(pipeline, self.num_points, self.num_rays_per_batch, self.std_ratio)
+        diagonal = camera_diagonal(pipeline)
+        if self.farthest > 0:
+            near = cloud.distance <= self.farthest * diagonal
+            CONSOLE.print(
+                f"{near.mean():.0%} of the points lie within {self.farthest * diagonal:.3g} of their cameras."
+            )
+            if not near.any():
+                raise CommandError(f"--farthest {self.farthest} leaves no point; raise it, or give 0 to keep all.")
+            cloud = cloud[near]
         if self.frame == "data":
-            cloud.positions = frame_of(pipeline).to_data(cloud.positions)
+            frame = frame_of(pipeline)
+            cloud.positions, diagonal = frame.to_data(cloud.positions), diagonal / frame.scale
         segmenter = pipeline.model.segmenter
         found = objects(
             cloud,
-            self.object_gap * extent(cloud.positions),
+            self.object_gap * diagonal,
             self.smallest_object,
             lambda class_id: segmenter.prompts[class_id - 1],
         )
@@ -170,6 +184,12 @@ class ExportSplat(_Export):
             write_ply(self.path_of(label, prompt), table[chosen])
             write_ply(self.path_of(label, prompt, "-removed"), table[~chosen])
             CONSOLE.print(escape(f"{prompt}: {chosen.sum()} Gaussians"))
+
+
+def camera_diagonal(pipeline: OVS3DPipeline) -> float:
+    """Diagonal of the box around the training cameras, in the model's units."""
+    origins = pipeline.datamanager.train_dataset.cameras.camera_to_worlds[..., 3]
+    return max(float((origins.amax(0) - origins.amin(0)).norm()), 1e-6)
 
 
 def frame_of(pipeline: OVS3DPipeline) -> Frame:

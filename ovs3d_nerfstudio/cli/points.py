@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ class LabelledPoints:
     class_id: Int[np.ndarray, " N"]
     probability: Float[np.ndarray, " N"]
     """Of the class, in [0, 1]."""
+    distance: Float[np.ndarray, " N"]
+    """From the camera that saw it, in the model's units."""
 
     def __getitem__(self, chosen: np.ndarray) -> LabelledPoints:
         """The chosen points."""
-        return LabelledPoints(
-            self.positions[chosen], self.colors[chosen], self.class_id[chosen], self.probability[chosen]
-        )
+        return LabelledPoints(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
 
 def classify(model: OVS3DModel, coefficients: Float[Tensor, "*n K"]) -> tuple[Int[Tensor, "*n"], Float[Tensor, "*n"]]:
@@ -100,11 +100,6 @@ def connected(positions: Float[np.ndarray, "N 3"], gap: float) -> Int[np.ndarray
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return rank[component]
-
-
-def extent(positions: Float[np.ndarray, "N 3"]) -> float:
-    """Diagonal of the box around the cloud without the outermost twentieth on each side of each axis."""
-    return float(np.linalg.norm(np.quantile(positions, 0.95, 0) - np.quantile(positions, 0.05, 0)))
 
 
 def objects(cloud: LabelledPoints, gap: float, least: float, name_of: Callable[[int], str]) -> list[dict[str, Any]]:
