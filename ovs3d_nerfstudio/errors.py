@@ -37,8 +37,10 @@ def user_errors() -> Iterator[None]:
         CONSOLE.print(f"[bold red]Error:[/bold red] {escape(str(error))}")
         raise SystemExit(1) from None
     except OSError as error:
+        if error.filename is None:
+            raise
         CONSOLE.print(
-            f"[bold red]Error:[/bold red] {escape(str(error.filename or 'A file'))} cannot be read or written "
+            f"[bold red]Error:[/bold red] {escape(str(error.filename))} cannot be read or written "
             f"({escape(error.strerror or str(error))}); check the path and its permissions, or make room."
         )
         raise SystemExit(1) from None

@@ -71,7 +71,7 @@ class ExportPointCloud(_Export):
     object_gap: float = 0.01
     """Points of a class farther apart than this belong to different objects; a share of the diagonal of the
     box around the cameras."""
-    smallest_object: float = 0.02
+    smallest_object: float = 0.05
     """Smallest share of a class's points that counts as an object."""
     num_rays_per_batch: int = 8192
     """Rays rendered at once."""
