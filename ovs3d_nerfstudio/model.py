@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 from unittest import mock
 
+import psutil
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -158,6 +159,15 @@ class OVS3DModel(NerfactoModel):
         self._window_rays = window_rays
         return super().forward(ray_bundle)
 
+    def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict:
+        """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short."""
+        config, most = self.config, self.config.eval_num_rays_per_chunk
+        try:
+            config.eval_num_rays_per_chunk = min(most, rays_that_fit(config, free_memory(self.device)))
+            return super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
+        finally:
+            config.eval_num_rays_per_chunk = most
+
     def get_outputs(self, ray_bundle: RayBundle) -> dict:
         with self._rendering() as kept:
             outputs = super().get_outputs(ray_bundle)
@@ -304,6 +314,21 @@ class OVS3DModel(NerfactoModel):
             yield kept
         finally:
             handle.remove()
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can still be had on a device: of the GPU, else of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return psutil.virtual_memory().available
+
+
+def rays_that_fit(config: OVS3DModelConfig, free: int) -> int:
+    """Rays whose rendering takes at most half of `free` bytes: a power of two, 256 at least."""
+    light, heavy = 256, 1024  # bytes of a proposal sample; of one with colour or semantics
+    samples = config.num_nerf_samples_per_ray + config.semantic_samples
+    per_ray = light * sum(config.num_proposal_samples_per_ray) + heavy * samples
+    return 1 << max(8, int(math.log2(max(1, free / 2 / per_ray))))
 
 
 def tcnn_imports() -> bool:

@@ -11,7 +11,7 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.optimizers import Optimizers
 from transformers import ViTConfig, ViTModel
 
-from ovs3d_nerfstudio.model import OVS3DModel
+from ovs3d_nerfstudio.model import OVS3DModel, rays_that_fit
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
 CLIP = {
@@ -190,3 +190,15 @@ def test_a_users_mistake_ends_with_a_sentence(data, checkpoints, capsys, setting
 def test_tiny_cuda_nn_is_no_requirement(data):
     model = pipeline(data).model
     assert isinstance(model, OVS3DModel) and model.config.implementation == "torch"
+
+
+def test_a_picture_is_rendered_in_smaller_chunks_where_memory_is_short(data, monkeypatch):
+    trained = pipeline(data).eval()
+    camera, model = trained.datamanager.eval_dataset.cameras[:1], trained.model
+    most, seen = model.config.eval_num_rays_per_chunk, []
+    whole = model.get_outputs_for_camera(camera)["rgb"]
+    hook = model.collider.register_forward_hook(lambda _m, args, _out: seen.append(len(args[0])))
+    monkeypatch.setattr("ovs3d_nerfstudio.model.free_memory", lambda _device: 2 * 300 * 60_000)
+    assert torch.allclose(model.get_outputs_for_camera(camera)["rgb"], whole, atol=1e-5)
+    hook.remove()
+    assert max(seen) == 256 and model.config.eval_num_rays_per_chunk == most == rays_that_fit(model.config, 1 << 30)
