@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,14 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
-from ovs3d_nerfstudio.annotations import AnnotationError
 from ovs3d_nerfstudio.datamanager import OVS3DDataManager, OVS3DDataManagerConfig
-from ovs3d_nerfstudio.encoders.base import EncoderError, image_text_encoder, token_encoder
+from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.evaluation import Evaluator
 from ovs3d_nerfstudio.features.basis import Basis, fit_basis
-from ovs3d_nerfstudio.features.cache import CacheError
-from ovs3d_nerfstudio.features.extraction import PictureError
 from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
 from ovs3d_nerfstudio.palette import save_legend
-from ovs3d_nerfstudio.prompts import PromptError, choose_prompts
+from ovs3d_nerfstudio.prompts import choose_prompts
 
 # nerfstudio 1.1.5 indexes its cameras in a way that torch ≥ 2.9 warns of, several lines at every step.
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
@@ -38,16 +34,6 @@ torch.serialization.add_safe_globals(
 
 SAMPLE_CELLS = 8192
 """Cells kept in a run to know the range of similarities in its scene."""
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """What a user can mend ends the command with its sentence, not with a traceback."""
-    try:
-        yield
-    except (PromptError, AnnotationError, EncoderError, PictureError, CacheError) as error:
-        CONSOLE.print(f"[bold red]Error:[/bold red] {escape(str(error))}")
-        raise SystemExit(1) from None
 
 
 @dataclass
@@ -78,7 +64,7 @@ class OVS3DPipeline(VanillaPipeline):
         super().__init__(config, device, test_mode, *args, **kwargs)
         self.chosen_prompts: list[str] = []
         self.run_folder: Path | None = None
-        with _user_errors():
+        with user_errors():
             if test_mode == "val":
                 data = self.datamanager.config.data
                 self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
@@ -138,7 +124,7 @@ class OVS3DPipeline(VanillaPipeline):
 
     def get_train_loss_dict(self, step: int):
         if self.datamanager.teachers is None:
-            with _user_errors():
+            with user_errors():
                 self.prepare_features()
         ray_bundle, batch = self.datamanager.next_train(step)
         semantics = step >= self.config.model.semantics_start
