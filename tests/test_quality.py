@@ -1,4 +1,4 @@
-"""The quality benchmark in a short form: a small scene, a third of the training, and the field must be worth its trouble."""
+"""The quality benchmark in a short form: a small scene, half of the training, and the field must be worth its trouble."""
 
 import json
 from pathlib import Path
