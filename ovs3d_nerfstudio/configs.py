@@ -58,8 +58,15 @@ def _device() -> Literal["cpu", "cuda", "mps"]:
 
 
 def _trainer(
-    name: str, steps: int, datamanager: OVS3DDataManagerConfig, model: OVS3DModelConfig, **pipeline
+    name: str, steps: int, rays: int, windows: dict[str, int], model: OVS3DModelConfig, **pipeline
 ) -> TrainerConfig:
+    """The recipe: `rays` a step, and what the variant changes of the windows beside them."""
+    datamanager = OVS3DDataManagerConfig(
+        dataparser=NerfstudioDataParserConfig(),
+        train_num_rays_per_batch=rays,
+        eval_num_rays_per_batch=rays,
+        **windows,  # type: ignore[arg-type]
+    )
     return TrainerConfig(
         method_name=name,
         machine=MachineConfig(device_type=_device()),
@@ -91,37 +98,24 @@ _UNMIXING: dict[str, Any] = {
 _paper = _trainer(
     "ovs3d",
     30000,
-    OVS3DDataManagerConfig(
-        dataparser=NerfstudioDataParserConfig(), train_num_rays_per_batch=4096, eval_num_rays_per_batch=4096
-    ),
+    4096,
+    {},
     OVS3DModelConfig(eval_num_rays_per_chunk=1 << 15),
 )
 
 _plus = _trainer(
     "ovs3d-plus",
     30000,
-    OVS3DDataManagerConfig(
-        dataparser=NerfstudioDataParserConfig(),
-        train_num_rays_per_batch=4096,
-        eval_num_rays_per_batch=4096,
-        num_windows=4,
-        window_size=16,
-        rays_a_token=2,
-    ),
+    4096,
+    {"num_windows": 4, "window_size": 16, "rays_a_token": 2},
     OVS3DModelConfig(eval_num_rays_per_chunk=1 << 15, **_UNMIXING),
 )
 
 _lite = _trainer(
     "ovs3d-lite",
     1500,
-    OVS3DDataManagerConfig(
-        dataparser=NerfstudioDataParserConfig(),
-        train_num_rays_per_batch=1024,
-        eval_num_rays_per_batch=1024,
-        num_windows=1,
-        window_size=16,
-        rays_a_token=2,
-    ),
+    1024,
+    {"num_windows": 1, "window_size": 16, "rays_a_token": 2},
     OVS3DModelConfig(
         eval_num_rays_per_chunk=1 << 13,
         num_levels=12,

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
 from ovs3d_nerfstudio.palette import colorize, fitted_text
+from ovs3d_nerfstudio.segmentation import stretched
 
 CELL_HEIGHT = 120
 """Height in pixels of a picture of the sheet."""
@@ -80,8 +82,8 @@ def contact_sheet(
 
 def relevancy(similarities: Float[np.ndarray, "rows cols C"]) -> Float[np.ndarray, "rows cols C"]:
     """Similarities with the least of a view moved to 0 and the greatest to 1, prompt by prompt (3D-OVS §3.3)."""
-    low, high = similarities.min((0, 1)), similarities.max((0, 1))
-    return (similarities - low) / np.maximum(high - low, 1e-6)
+    maps = torch.from_numpy(similarities)
+    return stretched(maps, maps.amin((0, 1)), maps.amax((0, 1))).numpy()
 
 
 def _row_titles(
