@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
 from ovs3d_nerfstudio.features.basis import Basis
-from ovs3d_nerfstudio.features.extraction import CachedViews, default_cache_dir, extract
+from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, default_cache_dir, extract
 from ovs3d_nerfstudio.features.teachers import Teachers, Windows
 
 
@@ -25,6 +25,9 @@ class OVS3DDataManagerConfig(VanillaDataManagerConfig):
     _target: type = field(default_factory=lambda: OVS3DDataManager)
     scales: tuple[float, ...] = (5.0, 7.0, 10.0)
     """Patches along the shorter side of a picture, one number a scale of the CLIP pyramid (3D-OVS: 5, 7, 10)."""
+    clip_features: ClipFeatures = "patches"
+    """What a patch's embedding is: `patches`, that of its crop (3D-OVS); `dense`, the mean inside it of features that one
+    pass over the picture gives, which takes a hundredth of the time (encoders open_clip with a ViT, and offline)."""
     feature_cache_dir: Path | None = None
     """Folder of the feature cache; default: .ovs3d-cache in the data folder."""
     num_windows: int = 8
@@ -54,6 +57,7 @@ class OVS3DDataManager(VanillaDataManager):
             self.config.scales,
             self.config.feature_cache_dir or default_cache_dir(Path(data)),
             CONSOLE,
+            self.config.clip_features,
         )
 
     def teach(self, views: CachedViews, basis: Basis) -> Teachers:

@@ -17,9 +17,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from ovs3d_nerfstudio.encoders import base, efficientnet, offline
-from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, cut_boxes, image_text_encoder, token_encoder
+from ovs3d_nerfstudio.encoders import open_clip as open_clip_encoder
+from ovs3d_nerfstudio.encoders.base import (
+    EncoderError,
+    ImageTextEncoder,
+    cut_boxes,
+    image_text_encoder,
+    pool_boxes,
+    token_encoder,
+)
 from ovs3d_nerfstudio.encoders.dino import DinoEncoder
-from ovs3d_nerfstudio.encoders.offline import ConseEncoder, EfficientNetTokens, embed_text_minilm, pool_boxes
+from ovs3d_nerfstudio.encoders.offline import ConseEncoder, EfficientNetTokens, embed_text_minilm
 from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder
 
 NOWHERE = Path("picture.png")
@@ -228,6 +236,61 @@ def test_open_clip_says_what_to_do_without_a_hub(monkeypatch):
         OpenClipEncoder("", "cpu").embed_text(["cup"])
 
 
+@pytest.mark.parametrize(("height", "width"), [(60, 100), (100, 60), (48, 48), (48, 720)])
+def test_open_clip_dense_features_lie_where_the_picture_changes(tiny_clip, height, width):
+    encoder = OpenClipEncoder(f"{TINY}@{tiny_clip[0] / 'weights.pt'}", "cpu")
+    picture = random_picture(height, width)
+    before = encoder.embed_dense(picture, NOWHERE)
+    rows, cols, dim = before.shape
+    # A window of this model has 4 tokens along its side, the shorter edge one and a half windows.
+    assert (min(rows, cols), dim) == (6, 24) and abs(
+        max(rows, cols) / 6 - max(height, width) / min(height, width)
+    ) < 0.2
+    assert torch.allclose(before.norm(dim=-1), torch.ones(rows, cols), atol=1e-4)
+    for row, col in ((0, 0), (rows // 2, cols - 1), (rows - 1, cols // 2)):
+        changed, cell = picture.clone(), (height / rows, width / cols)
+        planted = changed[
+            round(row * cell[0]) : round((row + 1) * cell[0]), round(col * cell[1]) : round((col + 1) * cell[1])
+        ]
+        planted[:] = 255 - planted
+        change = (encoder.embed_dense(changed, NOWHERE) - before).norm(dim=-1)
+        assert divmod(int(change.argmax()), cols) == (row, col)
+
+
+def test_open_clip_dense_features_are_the_last_layers_values_seen_through_local_attention(tiny_clip):
+    """The same, token by token, from the model's own layers."""
+    encoder = OpenClipEncoder(f"{TINY}@{tiny_clip[0] / 'weights.pt'}", "cpu")
+    visual, side = tiny_clip[1].visual, 4
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        found = open_clip_encoder.local_tokens(encoder._image_tower(), pixels, side)[0]
+        x = visual.transformer.resblocks[0](visual._embeds(pixels))[0, 1:]
+        block = visual.transformer.resblocks[1]
+        _, keys, values = (block.ln_1(x) @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).split(32, -1)
+        for i in range(side * side):
+            heads = []
+            for head in (slice(0, 16), slice(16, 32)):
+                scores = keys[:, head] @ keys[i, head] / 4
+                away = torch.tensor([(i // side - j // side) ** 2 + (i % side - j % side) ** 2 for j in range(side**2)])
+                heads.append((scores + (-away / 50).exp()).softmax(0) @ values[:, head])
+            expected = visual.ln_post(block.attn.out_proj(torch.cat(heads))) @ visual.proj
+            assert torch.allclose(found[i], expected, atol=1e-3)
+
+
+def test_dense_features_are_refused_in_words_where_there_are_none(tiny_clip, tmp_path):
+    import open_clip
+
+    with pytest.raises(EncoderError, match=r"MeanColour embeds whole crops only.*clip-features patches"):
+        MeanColour("", "cpu").embed_dense(random_picture(32, 32), NOWHERE)
+    name = "ovs3d-tiny-resnet"
+    config = TINY_CONFIG | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}}
+    (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    torch.save(open_clip.create_model(name).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(EncoderError, match="ovs3d-tiny-resnet is no plain vision transformer"):
+        OpenClipEncoder(f"{name}@{tmp_path / 'weights.pt'}", "cpu").embed_dense(random_picture(32, 32), NOWHERE)
+
+
 # ---------------------------------------------------------------------------------------------------- DINO
 
 
@@ -354,6 +417,20 @@ def test_pooled_and_crops_agree_on_the_cat(cat):
     assert ((found * crops.embed_boxes(cat, boxes, NOWHERE)).sum(-1) > 0.7).all()
     order = [2, 0, 3, 1]
     assert torch.allclose(pooled.embed_boxes(cat, boxes[order], NOWHERE), found[order], atol=1e-4)
+
+
+def test_offline_dense_features_find_the_cat_where_it_is(cat):
+    encoder = ConseEncoder("", "cpu")
+    canvas = torch.full((480, 800, 3), 128, dtype=torch.uint8)
+    canvas[60:360, 340:791] = cat
+    dense = encoder.embed_dense(canvas, NOWHERE)
+    rows, cols, dim = dense.shape
+    assert (rows, dim) == (28, 384) and cols == round(28 * 800 / 480)
+    similarity = dense @ encoder.embed_text(["cat"])[0]
+    inside = torch.zeros(rows, cols, dtype=torch.bool)
+    inside[round(60 / 480 * rows) : round(360 / 480 * rows), round(340 / 800 * cols) : round(791 / 800 * cols)] = True
+    best = similarity.flatten().topk(40).indices
+    assert inside.flatten()[best].float().mean() > 0.95
 
 
 def test_offline_text_needs_no_image_tower_and_knows_meaning():

@@ -37,6 +37,16 @@ class ColorEncoder(ImageTextEncoder):
         return mean @ self.rotation()
 
 
+class DenseColorEncoder(ColorEncoder):
+    """Has dense features too: one for every 4 × 4 pixels."""
+
+    def embed_dense(self, picture, path):
+        small = F.avg_pool2d(picture.permute(2, 0, 1)[None].float() / 255, 4)
+        return F.normalize(self.embed_crops(small[0].permute(1, 2, 0).reshape(-1, 3, 1, 1)), dim=-1).view(
+            *small.shape[2:], -1
+        )
+
+
 class PixelTokens(TokenEncoder):
     fingerprint = "pixels"
     stride = 4
@@ -56,7 +66,7 @@ def pictures(tmp_path) -> list[Path]:
     return paths
 
 
-def run(paths, cache_dir, encoder=None, scales=(2.0, 3.0)):
+def run(paths, cache_dir, encoder=None, scales=(2.0, 3.0), clip_features="patches"):
     out = io.StringIO()
     views = extract(
         paths,
@@ -65,6 +75,7 @@ def run(paths, cache_dir, encoder=None, scales=(2.0, 3.0)):
         scales,
         cache_dir,
         Console(file=out, width=200),
+        clip_features,
     )
     return views, out.getvalue()
 
@@ -76,6 +87,33 @@ def test_features_are_made_once_and_the_log_says_so(pictures, tmp_path):
     views, log = run(pictures, tmp_path / "cache")
     assert "3 of 3 views are cached" in log and ColorEncoder.boxes_seen == seen
     assert views.sizes == [(48, 64), (48, 64), (56, 40)]
+
+
+def test_a_patch_of_dense_features_is_their_mean_inside_its_box(tmp_path):
+    """A green square is planted in red: a patch inside it is green, one outside red, one across between the two."""
+    pixels = torch.zeros(80, 120, 3, dtype=torch.uint8)
+    pixels[..., 0] = 255
+    pixels[20:60, 60:100] = torch.tensor([0, 255, 0], dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "view.png")
+    encoder = DenseColorEncoder("", "cpu")
+    views, _ = run([tmp_path / "view.png"], tmp_path / "cache", encoder, (4.0, 6.0), "dense")
+    red, green = encoder.embed_text(["red", "green"])
+    for boxes, patches in zip(views.boxes(0), views.patches(0), strict=True):
+        left, top, right, bottom = boxes.unbind(-1)
+        covered = (right.clamp(max=100) - left.clamp(min=60)).clamp(min=0) * (
+            bottom.clamp(max=60) - top.clamp(min=20)
+        ).clamp(min=0)
+        share = (covered / ((right - left) * (bottom - top)))[:, None]
+        expected = F.normalize(share * green + (1 - share) * red, dim=-1)
+        assert (share > 0.99).any() and (share < 0.01).any()
+        assert torch.allclose(patches.float(), expected, atol=2e-3)
+
+
+def test_dense_features_and_patches_are_not_mistaken_for_each_other(pictures, tmp_path):
+    encoder = DenseColorEncoder("", "cpu")
+    run(pictures, tmp_path / "cache", encoder)
+    assert "0 of 3 views are cached" in run(pictures, tmp_path / "cache", encoder, clip_features="dense")[1]
+    assert "3 of 3 views are cached" in run(pictures, tmp_path / "cache", encoder, clip_features="dense")[1]
 
 
 def test_extraction_is_the_same_bit_for_bit(pictures, tmp_path):

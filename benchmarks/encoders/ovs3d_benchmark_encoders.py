@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder
-from ovs3d_nerfstudio.encoders.offline import embed_text_minilm, pool_boxes
+from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, pool_boxes
+from ovs3d_nerfstudio.encoders.offline import embed_text_minilm
 from ovs3d_nerfstudio.prompts import read_classes_file
 
 FOLDER = Path(os.environ.get("OVS3D_BENCHMARK_ENCODERS", Path(__file__).parents[2].parent / "shared" / "encoders"))

@@ -39,4 +39,5 @@ class Command(SceneOptions):
             config.datamanager.scales,
             cache,
             CONSOLE,
+            config.datamanager.clip_features,
         )

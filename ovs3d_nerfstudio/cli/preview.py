@@ -64,7 +64,8 @@ class Command(SceneOptions):
         tokens = token_encoder(config.token_encoder, self.device)
         cache = config.datamanager.feature_cache_dir
         assert cache is not None, "resolved() names one"
-        views = extract(paths, encoder, tokens, config.datamanager.scales, cache, CONSOLE)
+        settings = config.datamanager
+        views = extract(paths, encoder, tokens, settings.scales, cache, CONSOLE, settings.clip_features)
         text = encoder.embed_text(prompts).float()
         similarities = [similarity_maps(views, view, text) for view in range(len(paths))]
         flat = torch.cat([scale.flatten(0, 1) for view in similarities for scale in view])

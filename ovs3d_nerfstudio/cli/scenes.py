@@ -13,7 +13,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.engine.trainer import TrainerConfig
 
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.features.extraction import default_cache_dir
+from ovs3d_nerfstudio.features.extraction import ClipFeatures, default_cache_dir
 from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
 
 
@@ -31,6 +31,8 @@ class SceneOptions:
     """What FDA compares pixels by, as in training; default: the method's."""
     scales: tuple[float, ...] | None = None
     """Patches along the shorter side of a picture, one number a scale; default: the method's."""
+    clip_features: ClipFeatures | None = None
+    """Whether patches are embedded one by one, or pooled from dense features, as in training; default: the method's."""
     feature_cache_dir: Path | None = None
     """Folder of the feature cache; default: .ovs3d-cache in the data folder."""
     dataparser: AnnotatedDataParserUnion = field(default_factory=NerfstudioDataParserConfig)
@@ -52,6 +54,7 @@ class SceneOptions:
         config.image_text_encoder = self.image_text_encoder or config.image_text_encoder
         config.token_encoder = self.token_encoder or config.token_encoder
         config.datamanager.scales = self.scales or config.datamanager.scales
+        config.datamanager.clip_features = self.clip_features or config.datamanager.clip_features
         config.datamanager.feature_cache_dir = self.feature_cache_dir or default_cache_dir(self.data)
         return config
 

@@ -101,6 +101,21 @@ class ImageTextEncoder(ABC):
         """Embeddings (of any length) of RGB crops in [0, 1] of side `input_size`, on the device."""
         raise NotImplementedError(f"{type(self).__name__} must define embed_crops or embed_boxes")
 
+    @property
+    def dense_fingerprint(self) -> str:
+        """As `fingerprint`, of what `embed_dense` gives."""
+        return f"{self.fingerprint} dense"
+
+    def embed_dense(self, picture: UInt8[Tensor, "H W 3"], path: Path) -> Float[Tensor, "h w D"]:
+        """Unit embeddings of h × w equal parts of a picture on the CPU in float32; loads the image tower.
+
+        Raises EncoderError where the encoder has none. `picture` and `path` as in `embed_boxes`.
+        """
+        raise EncoderError(
+            f"{type(self).__name__} embeds whole crops only; use --pipeline.datamanager.clip-features patches, "
+            "or an encoder with dense features, such as open_clip:ViT-B-16@openai."
+        )
+
 
 def cut_boxes(
     pixels: Float[Tensor, "1 3 H W"], boxes: Float[Tensor, "B 4"], size: int, samples: int
@@ -118,6 +133,34 @@ def cut_boxes(
         pixels.expand(len(boxes), -1, -1, -1), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
     return F.avg_pool2d(crops, samples) if samples > 1 else crops
+
+
+def pool_boxes(feature_map: Float[Tensor, "C h w"], boxes: Float[Tensor, "B 4"]) -> Float[Tensor, "B C"]:
+    """The mean of a feature map over each box, exactly: a cell that a box covers in part counts in part.
+
+    For any dense encoder. Read from the map's integral image, which is bilinear inside a cell, so that the cost does
+    not depend on the size of the boxes.
+
+    Args:
+        feature_map: cell (i, j) covers rows [i, i + 1) and columns [j, j + 1).
+        boxes: left, top, right, bottom in cells; what reaches out of the map is cut off.
+    """
+    height, width = feature_map.shape[1:]
+    size = boxes.new_tensor([width, height, width, height], dtype=torch.float64)
+    boxes = torch.minimum(boxes.double().clamp(min=0), size)
+    # A box that lies outside, or has no area, takes the cell at the nearest border.
+    low = torch.minimum(boxes[:, :2], size[:2] - 1e-3)
+    high = torch.maximum(boxes[:, 2:], low + 1e-3)
+    integral = F.pad(feature_map.double().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    corners = torch.stack(
+        (low, torch.stack((high[:, 0], low[:, 1]), 1), torch.stack((low[:, 0], high[:, 1]), 1), high), 1
+    )
+    grid = corners[None] / size[:2] * 2 - 1
+    top_left, top_right, bottom_left, bottom_right = F.grid_sample(integral[None], grid, align_corners=True)[0].unbind(
+        -1
+    )
+    area = (high - low).prod(-1)
+    return ((bottom_right - top_right - bottom_left + top_left) / area).T.to(feature_map.dtype)
 
 
 class TokenEncoder(ABC):

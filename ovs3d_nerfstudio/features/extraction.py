@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,9 +27,12 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
+from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder, pool_boxes
 from ovs3d_nerfstudio.features.cache import FeatureCache, picture_key
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
+
+ClipFeatures = Literal["patches", "dense"]
+"""What a patch's embedding is: that of its crop (3D-OVS), or the mean of the picture's dense features inside it."""
 
 
 class PictureError(ValueError):
@@ -92,19 +96,20 @@ def extract(
     scales: Sequence[float],
     cache_dir: Path,
     console: Console,
+    clip_features: ClipFeatures = "patches",
 ) -> CachedViews:
     """Make what the cache lacks of the pyramid and the tokens of `paths`, and say where all of it lies.
 
     Args:
         scales: patches along the shorter side of a picture, one number a scale (3D-OVS: 5, 7, 10).
+        clip_features: whether each patch is embedded as a crop, or pooled from one dense pass over its picture.
 
     Raises PictureError, EncoderError or CacheError with a sentence for the user.
     """
-    pyramid = FeatureCache(
-        cache_dir,
-        "pyramid",
-        {"encoder": image_text_encoder.fingerprint, "scales": [float(s) for s in scales]},
-    )
+    dense = clip_features == "dense"
+    fingerprint = image_text_encoder.dense_fingerprint if dense else image_text_encoder.fingerprint
+    recipe = {"encoder": fingerprint, "scales": [float(s) for s in scales]}
+    pyramid = FeatureCache(cache_dir, "pyramid", recipe)
     tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint, "dims": token_encoder.kept_dims})
     views = CachedViews([picture_key(path) for path in paths], [], tuple(scales), pyramid, tokens)
     lacking = [[store for store in (pyramid, tokens) if not store.intact(key)] for key in views.keys]
@@ -135,7 +140,7 @@ def extract(
             if pyramid in lacking[i]:
                 pyramid.save(
                     views.keys[i],
-                    _embed_pyramid(picture, views.keys[i], paths[i], image_text_encoder, scales),
+                    _embed_pyramid(picture, views.keys[i], paths[i], image_text_encoder, scales, dense),
                 )
             if tokens in lacking[i]:
                 grid = token_encoder.embed_picture(picture)
@@ -150,17 +155,30 @@ def extract(
 
 
 def _embed_pyramid(
-    picture: UInt8[Tensor, "H W 3"], key: str, path: Path, encoder: ImageTextEncoder, scales: Sequence[float]
+    picture: UInt8[Tensor, "H W 3"],
+    key: str,
+    path: Path,
+    encoder: ImageTextEncoder,
+    scales: Sequence[float],
+    dense: bool,
 ) -> dict[str, Tensor]:
     """Unit embeddings of all patches of a view, one tensor a scale."""
     height, width = picture.shape[:2]
-    patches = {}
+    patches, features = {}, None
+    if dense:
+        features = encoder.embed_dense(picture, path).permute(2, 0, 1)
+        parts = torch.tensor([features.shape[2] / width, features.shape[1] / height]).repeat(2)
     for k, scale in enumerate(scales):
         try:
             grid = ScaleGrid.of(height, width, scale)
         except ValueError as error:
             raise PictureError(f"{path}: {error}") from error
-        patches[f"patches_{k:02d}"] = encoder.embed_boxes(picture, patch_boxes(grid, key, k), path).half()
+        boxes = patch_boxes(grid, key, k)
+        if features is None:
+            embeddings = encoder.embed_boxes(picture, boxes, path)
+        else:
+            embeddings = F.normalize(pool_boxes(features, boxes * parts), dim=-1)
+        patches[f"patches_{k:02d}"] = embeddings.half()
     return patches
 
 
