@@ -44,7 +44,9 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "encoders"))  # its entry points ma
 
 from ovs3d_nerfstudio.configs import ovs3d_lite  # noqa: E402
 from ovs3d_nerfstudio.encoders.base import TokenEncoder, image_text_encoder  # noqa: E402
+from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder  # noqa: E402
 from ovs3d_nerfstudio.features.extraction import extract, read_picture  # noqa: E402
+from ovs3d_nerfstudio.features.pyramid import ScaleGrid  # noqa: E402
 from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids  # noqa: E402
 from ovs3d_nerfstudio.prompts import find_classes_file, read_classes_file  # noqa: E402
 
@@ -54,6 +56,7 @@ FILLERS = ("cup", "plate", "chair", "window", "book", "lamp", "plant", "bottle",
 LIMITS = {
     "cache": ("cache of a view (patches and tokens) / per-pixel layout S×D×H×W, half precision", "≤", 1 / 150),
     "extraction": ("crops/s: extraction / bare image tower over ready crops", "≥", 0.85),
+    "dense": ("CLIP ViT-B/16 features of a view: time of dense / of patches, three scales", "≤", 1 / 100),
     "step": ("time a ray: full step, window rays counted / the same step without semantics", "≤", 1.5),
     "hash_grid": ("hash grid, forward and backward: nerfstudio's torch time / ours", "≥", 10.0),
     "lite_step": ("`ovs3d-lite` step: time on nerfstudio's torch grids / ours", "≥", 3.0),
@@ -187,6 +190,23 @@ class Benchmark:
         details["pooled_speed_up"] = taken["ours"] / taken["pooled"]
         return {"extraction": taken["bare"] / taken["ours"]}
 
+    def dense(self, details: dict) -> dict[str, float]:
+        """One dense pass against every crop of the three scales, of which one batch is timed and multiplied."""
+        picture = read_picture(min(p for p in (self.scene / "images").iterdir() if p.suffix in (".png", ".jpg")))
+        encoder, height, width = _RandomClip("", self.options.device), *picture.shape[:2]
+        boxes = [ScaleGrid.of(height, width, scale).boxes() for scale in ovs3d_lite.config.pipeline.datamanager.scales]
+        some = boxes[0][: encoder.batch_size]
+        taken = alternate(
+            min(self.repeats, 3),
+            dense=lambda: encoder.embed_dense(picture, Path()),
+            batch=lambda: encoder.embed_boxes(picture, some, Path()),
+        )
+        crops = sum(map(len, boxes))
+        patches = taken["batch"] / len(some) * crops
+        details |= {"size": f"{width}×{height}", "crops": crops, "crops_timed": len(some), "n": min(self.repeats, 3)}
+        details |= {"dense_s": taken["dense"], "patches_s": patches}
+        return {"dense": taken["dense"] / patches}
+
     def step(self, details: dict) -> dict[str, float]:
         """Full step against the same without semantics, and against nerfacto's own class with our grids swapped in."""
         ours, nerfacto = self.run("ours"), self.run("nerfacto")
@@ -280,6 +300,15 @@ class Benchmark:
             "trained_minutes": costs["minutes"] + costs["feature_minutes"],
             "psnr": test["psnr"],
         }
+
+
+class _RandomClip(OpenClipEncoder):
+    """CLIP ViT-B/16 without its weights: what it costs does not depend on them."""
+
+    def _load(self):
+        import open_clip
+
+        return open_clip.create_model(self.model_name, device=self.device).eval().requires_grad_(False)
 
 
 class _NoTokens(TokenEncoder):
