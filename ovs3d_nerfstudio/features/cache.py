@@ -3,19 +3,23 @@
 A folder holds one *recipe* (encoder fingerprint and every setting that changes a value) and is named by its hash; a
 file in it is named by the hash of the picture's bytes. So a changed picture, setting or encoder has another name and
 can never be mistaken for a cached one. Files are written beside their place and renamed; a checksum in the header finds
-those that were damaged since.
+those that were damaged since. A file is made under a lock of its own, which the operating system drops with the process
+that holds it: several runs share a cache and its making, and one that is killed is in nobody's way.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -73,14 +77,47 @@ class FeatureCache:
             return None
         return tensors if not checked or header == self._header(tensors) else None
 
+    def fill(self, key: str, make: Callable[[], dict[str, Tensor]], wait: bool) -> bool:
+        """Save what `make` returns unless the picture's file is intact: in one process at a time, so that none repeats
+        what another has in hand.
+
+        Args:
+            wait: until the other process is done or dead; otherwise return False where there is one.
+
+        Raises CacheError when the folder cannot be written.
+        """
+        with self._writing():
+            if self.folder.is_symlink():
+                raise OSError(errno.ELOOP, "it is a link, and features are written through none")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / f".{key}.lock")
+            try:
+                lock.acquire(blocking=wait)
+            except Timeout:
+                return False
+        try:
+            if not self.intact(key):
+                # Nobody else writes this file now: what lies beside it was left by a process that was killed.
+                for leftover in self.folder.glob(f".{key}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
+                self.save(key, make())
+        finally:
+            lock.release()
+        return True
+
     def save(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Write beside and rename. Raises CacheError when the folder cannot be written."""
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         content = to_safetensors(tensors, {HEADER: self._header(tensors)})
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with written_beside(self.path(key)) as beside:
                 beside.write_bytes(content)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CacheError(
                 f"The feature cache {self.folder} cannot be written ({error.strerror or error}); make room or name another "
@@ -99,7 +136,8 @@ class FeatureCache:
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A path in the same folder that becomes `path` when the block ends well and is removed when it does not."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Nobody can have put a link where no name can be foreseen.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield beside
         os.replace(beside, path)
@@ -111,5 +149,5 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

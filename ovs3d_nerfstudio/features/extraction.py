@@ -5,9 +5,10 @@ Knows encoders and the cache, not nerfstudio's models: it can run alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -112,11 +113,16 @@ def extract(
     pyramid = FeatureCache(cache_dir, "pyramid", recipe)
     tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint, "dims": token_encoder.kept_dims})
     views = CachedViews([picture_key(path) for path in paths], [], tuple(scales), pyramid, tokens)
-    lacking = [[store for store in (pyramid, tokens) if not store.intact(key)] for key in views.keys]
-    missing = [i for i, stores in enumerate(lacking) if stores]
+    with ThreadPoolExecutor() as checkers:  # checksums, at the speed of the disk
+        intact = list(checkers.map(lambda key: [store.intact(key) for store in (pyramid, tokens)], views.keys))
+    missing = [i for i, found in enumerate(intact) if not all(found)]
     console.print(
         f"Features: {len(paths) - len(missing)} of {len(paths)} views are cached in {cache_dir}, {len(missing)} to make."
     )
+    damaged = sum(pyramid.path(views.keys[i]).exists() and not intact[i][0] for i in missing)
+    damaged += sum(tokens.path(views.keys[i]).exists() and not intact[i][1] for i in missing)
+    if damaged:
+        console.print(f"Features: {damaged} cached files are damaged (their checksum is wrong) and are made again.")
     columns = (
         TextColumn("[cyan]Extracting features"),
         BarColumn(),
@@ -126,25 +132,37 @@ def extract(
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
+
+    def make(i: int, picture: Callable[[], Tensor], wait: bool) -> bool:
+        """Fill what the cache lacks of view i; False where another process has it in hand and we do not wait."""
+        key, path = views.keys[i], paths[i]
+        return all(
+            [
+                pyramid.fill(key, lambda: embed_pyramid(picture(), key, path, image_text_encoder, scales, dense), wait),
+                tokens.fill(key, lambda: embed_tokens(picture(), token_encoder), wait),
+            ]
+        )
+
     # The next picture is read and decoded while this one is embedded.
     with (
         ThreadPoolExecutor(1) as reader,
         Progress(*columns, console=console, disable=not missing) as progress,
     ):
         task = progress.add_task("", total=len(missing), rate="")
+        elsewhere = []
         pending = [reader.submit(read_picture, paths[i]) for i in missing[:1]]
         for n, i in enumerate(missing):
-            picture = pending.pop().result()
+            picture = pending.pop().result
             if n + 1 < len(missing):
                 pending.append(reader.submit(read_picture, paths[missing[n + 1]]))
-            if pyramid in lacking[i]:
-                pyramid.save(
-                    views.keys[i],
-                    _embed_pyramid(picture, views.keys[i], paths[i], image_text_encoder, scales, dense),
-                )
-            if tokens in lacking[i]:
-                grid = token_encoder.embed_picture(picture)
-                tokens.save(views.keys[i], {"tokens": compact_tokens(grid, token_encoder.kept_dims)})
+            if make(i, picture, wait=False):
+                progress.update(task, advance=1, rate=_rate(progress, task))
+            else:
+                elsewhere.append(i)
+        if elsewhere:
+            console.print(f"Features: waiting for {len(elsewhere)} views that another process is making.")
+        for i in elsewhere:
+            make(i, partial(read_picture, paths[i]), wait=True)
             progress.update(task, advance=1, rate=_rate(progress, task))
     views.sizes = [_size(path) for path in paths]
     megabytes = (pyramid.size(views.keys) + tokens.size(views.keys)) / 2**20
@@ -154,7 +172,7 @@ def extract(
     return views
 
 
-def _embed_pyramid(
+def embed_pyramid(
     picture: UInt8[Tensor, "H W 3"],
     key: str,
     path: Path,
@@ -180,6 +198,11 @@ def _embed_pyramid(
             embeddings = F.normalize(pool_boxes(features, boxes * parts), dim=-1)
         patches[f"patches_{k:02d}"] = embeddings.half()
     return patches
+
+
+def embed_tokens(picture: UInt8[Tensor, "H W 3"], encoder: TokenEncoder) -> dict[str, Tensor]:
+    """The token grid of a view, see `compact_tokens`."""
+    return {"tokens": compact_tokens(encoder.embed_picture(picture), encoder.kept_dims)}
 
 
 def compact_tokens(tokens: Float[Tensor, "h w E"], dim: int) -> Float16[Tensor, "h w e"]:
