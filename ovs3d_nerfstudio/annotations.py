@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from PIL import Image
 
+from ovs3d_nerfstudio.pictures import list_pictures
 from ovs3d_nerfstudio.prompts import (
     CLASSES_FILE,
     PromptError,
@@ -23,8 +24,6 @@ from ovs3d_nerfstudio.prompts import (
     prompt_key,
     read_classes_file,
 )
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".heic")
 
 
 class AnnotationError(ValueError):
@@ -70,7 +69,7 @@ class Annotations:
             raise AnnotationError(str(error)) from None
         root = classes_file.parent
         if images is None:
-            images = [p for p in root.parent.glob("images/*") if p.suffix.lower() in _IMAGE_SUFFIXES]
+            images = list_pictures(root.parent / "images")
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not _is_litter(p))
         if not folders:
             raise AnnotationError(f"{root} has no folder of masks; make one a view, named as the photo.")

@@ -22,16 +22,16 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserCo
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.markup import escape
 from torch import Tensor
 
 from ovs3d_nerfstudio.annotations import Annotations
 from ovs3d_nerfstudio.errors import CommandError, user_errors
 from ovs3d_nerfstudio.features.cache import written_beside
+from ovs3d_nerfstudio.pictures import SUFFIXES, list_pictures, picture_size
 from ovs3d_nerfstudio.prompts import find_classes_file
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 HOLD_EVERY = 8
 """Where nothing is annotated, every eighth photo is held out, as is usual with LLFF scenes."""
 MAX_SIDE = 1600
@@ -124,7 +124,7 @@ class OVS3DDataParser(DataParser):
 
 def list_photos(folder: Path) -> list[Path]:
     """The photos of a folder, sorted by name. Raises CommandError when there is none."""
-    photos = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    photos = list_pictures(folder)
     if not photos:
         raise CommandError(f"There are no photos in {folder}; put them there, as {', '.join(SUFFIXES)}.")
     return photos
@@ -159,7 +159,7 @@ def read_poses_bounds(
 def downscaled(photos: list[Path], factor: int | None) -> list[Path]:
     """The photos `factor` times smaller, made in `images_<factor>` beside their folder where they are not there yet.
 
-    Raises CommandError for a factor below 1 or a photo that cannot be read.
+    Raises CommandError for a factor below 1, PictureError for a photo that cannot be read.
     """
     if factor is None:
         factor, side = 1, max(picture_size(photos[0]))
@@ -181,15 +181,6 @@ def downscaled(photos: list[Path], factor: int | None) -> list[Path]:
             small = picture.resize((max(1, width // factor), max(1, height // factor)), Image.Resampling.LANCZOS)
             small.save(beside, format=picture.format, quality=95)
     return [folder / photo.name for photo in photos]
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels. Raises CommandError when the file is no picture."""
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise CommandError(f"{path} cannot be read as a picture ({error}); replace it.") from None
 
 
 ovs3d_data = DataParserSpecification(OVS3DDataParserConfig(), "3D-OVS layout: images, poses_bounds.npy, segmentations.")

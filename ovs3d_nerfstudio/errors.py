@@ -12,7 +12,7 @@ from ovs3d_nerfstudio.annotations import AnnotationError
 from ovs3d_nerfstudio.demo.scene import DemoError
 from ovs3d_nerfstudio.encoders.base import EncoderError
 from ovs3d_nerfstudio.features.cache import CacheError
-from ovs3d_nerfstudio.features.extraction import PictureError
+from ovs3d_nerfstudio.pictures import PictureError
 from ovs3d_nerfstudio.prompts import PromptError
 
 

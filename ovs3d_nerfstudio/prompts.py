@@ -95,11 +95,8 @@ def read_classes_file(path: Path) -> list[str]:
     return sorted(read_prompts_file(path))
 
 
-def choose_prompts(prompts: str, prompts_file: Path | None, data: Path) -> tuple[list[str], str]:
-    """The prompts that take part, and a sentence for the log saying where they came from.
-
-    `prompts` (blank: not given) or `prompts_file`, whichever is given; else the scene's own
-    `classes.txt`; else none, an empty list.
+def given_prompts(prompts: str, prompts_file: Path | None) -> list[str] | None:
+    """The prompts of `prompts` (blank: not given) or of `prompts_file`; None where neither is given.
 
     Raises:
         PromptError: both are given, or the chosen one is unusable.
@@ -110,11 +107,23 @@ def choose_prompts(prompts: str, prompts_file: Path | None, data: Path) -> tuple
             "give only one of them."
         )
     if prompts.strip():
-        chosen = parse_prompts(prompts)
-        return chosen, f"{_count(chosen)} as given: {'; '.join(chosen)}."
-    if prompts_file is not None:
-        chosen = read_prompts_file(prompts_file)
-        return chosen, f"{_count(chosen)} from the prompts file {prompts_file}: {'; '.join(chosen)}."
+        return parse_prompts(prompts)
+    return read_prompts_file(prompts_file) if prompts_file is not None else None
+
+
+def choose_prompts(prompts: str, prompts_file: Path | None, data: Path) -> tuple[list[str], str]:
+    """The prompts that take part, and a sentence for the log saying where they came from.
+
+    `prompts` (blank: not given) or `prompts_file`, whichever is given; else the scene's own
+    `classes.txt`; else none, an empty list.
+
+    Raises:
+        PromptError: both are given, or the chosen one is unusable.
+    """
+    given = given_prompts(prompts, prompts_file)
+    if given is not None:
+        place = "as given" if prompts_file is None else f"from the prompts file {prompts_file}"
+        return given, f"{_count(given)} {place}: {'; '.join(given)}."
     classes_file = find_classes_file(data)
     if classes_file is not None:
         chosen = read_classes_file(classes_file)

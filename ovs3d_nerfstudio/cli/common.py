@@ -17,7 +17,7 @@ from ovs3d_nerfstudio.encoders.base import image_text_encoder, reason
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.cache import written_beside
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
-from ovs3d_nerfstudio.prompts import PromptError, parse_prompts, prompt_key, read_prompts_file
+from ovs3d_nerfstudio.prompts import given_prompts, prompt_key
 from ovs3d_nerfstudio.segmentation import Segmenter
 
 
@@ -40,12 +40,13 @@ def open_run(
         load_config = load_config / "config.yml"
     if not load_config.is_file():
         raise CommandError(f"The config {load_config} does not exist; name the config.yml that ns-train wrote.")
+    known = ", ".join(our_methods())
 
     def update(config: TrainerConfig) -> TrainerConfig:
         config = change(config)
         pipeline = config.pipeline
         if not isinstance(pipeline, OVS3DPipelineConfig):
-            raise CommandError(f"{load_config} is a run of {config.method_name}; name one of ovs3d or ovs3d-lite.")
+            raise CommandError(f"{load_config} is a run of {config.method_name}; name one of {known}.")
         datamanager = pipeline.datamanager
         datamanager.data = data or datamanager.data
         place = Path(datamanager.data or datamanager.dataparser.data)
@@ -58,7 +59,6 @@ def open_run(
             )
         return config
 
-    known = ", ".join(name for name in all_methods if name.startswith("ovs3d"))
     remedy = f"name the config.yml of a run that this version of {known} trained."
     try:
         yaml.load(load_config.read_text(), Loader=yaml.Loader)
@@ -76,6 +76,15 @@ def open_run(
     return config, pipeline, checkpoint, step
 
 
+def our_methods() -> dict[str, OVS3DPipelineConfig]:
+    """The pipeline config of each method of ours by its name, plugins' variants included."""
+    return {
+        name: config.pipeline
+        for name, config in sorted(all_methods.items())
+        if isinstance(config, TrainerConfig) and isinstance(config.pipeline, OVS3DPipelineConfig)
+    }
+
+
 def ask(pipeline: OVS3DPipeline, prompts: str, prompts_file: Path | None) -> list[str]:
     """Has the run answer for the prompts of the moment, or for its own where none are given; returns them.
 
@@ -87,16 +96,11 @@ def ask(pipeline: OVS3DPipeline, prompts: str, prompts_file: Path | None) -> lis
         EncoderError: the run's encoder cannot be had here.
     """
     segmenter = pipeline.model.segmenter
-    if prompts.strip() and prompts_file is not None:
-        raise PromptError(f"Both --prompts and --prompts-file {prompts_file} were given; give only one of them.")
-    if prompts.strip():
-        asked = parse_prompts(prompts)
-    elif prompts_file is not None:
-        asked = read_prompts_file(prompts_file)
-    elif segmenter.prompts:
+    asked = given_prompts(prompts, prompts_file)
+    if asked is None:
+        if not segmenter.prompts:
+            raise CommandError("The run was trained without prompts; say what to look for with --prompts.")
         return segmenter.prompts
-    else:
-        raise CommandError("The run was trained without prompts; say what to look for with --prompts.")
     segmenter.ask(asked, embedded(segmenter, asked, pipeline.device))
     return asked
 

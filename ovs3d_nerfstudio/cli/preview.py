@@ -20,8 +20,9 @@ from ovs3d_nerfstudio.cli.sheet import PreviewedView, contact_sheet
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.basis import scale_cells
-from ovs3d_nerfstudio.features.extraction import CachedViews, extract, read_picture
+from ovs3d_nerfstudio.features.extraction import CachedViews, extract
 from ovs3d_nerfstudio.palette import palette
+from ovs3d_nerfstudio.pictures import read_picture
 from ovs3d_nerfstudio.prompts import choose_prompts
 
 NEVER = 0.005
@@ -69,8 +70,8 @@ class Command(SceneOptions):
         text = encoder.embed_text(prompts).float()
         similarities = [similarity_maps(views, view, text) for view in range(len(paths))]
         flat = torch.cat([scale.flatten(0, 1) for view in similarities for scale in view])
-        shares = torch.bincount(flat.argmax(-1), minlength=len(prompts)) / len(flat)
-        advice = hints(prompts, flat)
+        shares = win_shares(flat)
+        advice = hints(prompts, flat, shares)
         for hint in advice:
             CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
         shown = [
@@ -98,13 +99,16 @@ def similarity_maps(views: CachedViews, view: int, text: Float[Tensor, "C D"]) -
     ]
 
 
-def hints(prompts: list[str], similarities: Float[Tensor, "n C"]) -> list[str]:
+def win_shares(similarities: Float[Tensor, "n C"]) -> Float[Tensor, " C"]:
+    """The share of cells that each prompt wins."""
+    return torch.bincount(similarities.argmax(-1), minlength=similarities.shape[1]) / len(similarities)
+
+
+def hints(prompts: list[str], similarities: Float[Tensor, "n C"], shares: Float[Tensor, " C"]) -> list[str]:
     """Sentences about prompts that never win and pairs that are the same to the encoder.
 
-    `similarities` are those of the cells of all views and scales.
+    `similarities` are those of the cells of all views and scales, `shares` what each prompt wins of them.
     """
-    winners = similarities.argmax(-1)
-    shares = torch.bincount(winners, minlength=len(prompts)) / len(winners)
     standard = F.normalize(similarities - similarities.mean(0), dim=0)
     correlation = standard.T @ standard
     said = []
@@ -112,7 +116,7 @@ def hints(prompts: list[str], similarities: Float[Tensor, "n C"]) -> list[str]:
         if shares[i] >= NEVER:
             continue
         strongest = similarities[:, i].topk(max(1, len(similarities) // 50)).indices
-        rival = int(torch.bincount(winners[strongest], minlength=len(prompts)).argmax())
+        rival = int(win_shares(similarities[strongest]).argmax())
         place = f"; where it fits best, '{prompts[rival]}' fits better" if rival != i else ""
         said.append(
             f"'{prompt}' wins almost nowhere ({shares[i]:.1%}){place}. Say what is seen (colour, material), show a view of "

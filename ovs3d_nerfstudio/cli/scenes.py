@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
-from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
-from nerfstudio.engine.trainer import TrainerConfig
 
+from ovs3d_nerfstudio.cli.common import our_methods
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.extraction import ClipFeatures, default_cache_dir
 from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
@@ -24,7 +23,7 @@ class SceneOptions:
     data: Path
     """The scene: a folder, or a file in it such as transforms.json."""
     method: str = "ovs3d"
-    """The method whose encoders and scales are the defaults: ovs3d, ovs3d-lite, or another variant of it."""
+    """The method whose encoders and scales are the defaults: ovs3d, ovs3d-plus, ovs3d-lite, or another variant of it."""
     image_text_encoder: str | None = None
     """What embeds patches and prompts, as in training; default: the method's."""
     token_encoder: str | None = None
@@ -43,13 +42,9 @@ class SceneOptions:
 
         Raises CommandError for a method that is not one of ours.
         """
-        ours = {
-            name: config.pipeline
-            for name, config in all_methods.items()
-            if isinstance(config, TrainerConfig) and isinstance(config.pipeline, OVS3DPipelineConfig)
-        }
+        ours = our_methods()
         if self.method not in ours:
-            raise CommandError(f"--method {self.method} is none of ours; choose one of: {', '.join(sorted(ours))}.")
+            raise CommandError(f"--method {self.method} is none of ours; choose one of: {', '.join(ours)}.")
         config = copy.deepcopy(ours[self.method])
         config.image_text_encoder = self.image_text_encoder or config.image_text_encoder
         config.token_encoder = self.token_encoder or config.token_encoder

@@ -12,11 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float16, UInt8
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -31,13 +29,10 @@ from torch import Tensor
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder, pool_boxes
 from ovs3d_nerfstudio.features.cache import FeatureCache, picture_key
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
+from ovs3d_nerfstudio.pictures import PictureError, picture_size, read_picture
 
 ClipFeatures = Literal["patches", "dense"]
 """What a patch's embedding is: that of its crop (3D-OVS), or the mean of the picture's dense features inside it."""
-
-
-class PictureError(ValueError):
-    """A picture cannot be used; the message is a sentence for the user."""
 
 
 @dataclass
@@ -71,23 +66,6 @@ class CachedViews:
 def patch_boxes(grid: ScaleGrid, key: str, k: int) -> Float[Tensor, "P 4"]:
     """The jittered boxes of scale `k` of the picture with content hash `key`: the jitter depends on these alone."""
     return grid.jittered_boxes(torch.Generator().manual_seed(int(key[:12], 16) + k))
-
-
-def read_picture(path: Path) -> UInt8[Tensor, "H W 3"]:
-    """RGB pixels; an alpha channel is laid over white, as nerfstudio's parsers do by default.
-
-    Raises PictureError when the file is no picture.
-    """
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = file
-            if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
-                image = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise PictureError(
-            f"{path} cannot be read as a picture ({error}); replace it or take it out of the data."
-        ) from error
 
 
 def extract(
@@ -164,7 +142,7 @@ def extract(
         for i in elsewhere:
             make(i, partial(read_picture, paths[i]), wait=True)
             progress.update(task, advance=1, rate=_rate(progress, task))
-    views.sizes = [_size(path) for path in paths]
+    views.sizes = [(height, width) for width, height in map(picture_size, paths)]
     megabytes = (pyramid.size(views.keys) + tokens.size(views.keys)) / 2**20
     console.print(
         f"Features: {megabytes:.1f} MB for {len(paths)} views, {megabytes / max(1, len(paths)):.2f} MB a view."
@@ -214,11 +192,6 @@ def compact_tokens(tokens: Float[Tensor, "h w E"], dim: int) -> Float16[Tensor, 
         _, directions = torch.linalg.eigh(flat.T @ flat)
         unit = unit @ directions[:, -dim:]
     return unit.half()
-
-
-def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.height, image.width
 
 
 def _rate(progress: Progress, task) -> str:
