@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from ovs3d_nerfstudio.capture import capture_of
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
 from ovs3d_nerfstudio.features.basis import Basis
 from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, default_cache_dir, extract
@@ -46,6 +48,12 @@ class OVS3DDataManager(VanillaDataManager):
 
     config: OVS3DDataManagerConfig
     teachers: Teachers | None = None
+
+    def create_train_dataset(self) -> InputDataset:
+        dataset = super().create_train_dataset()
+        # nerfstudio's way from the data to a model.
+        dataset.metadata["capture"] = capture_of(dataset.cameras.camera_to_worlds)
+        return dataset
 
     def extract_features(self, image_text_encoder: ImageTextEncoder, token_encoder: TokenEncoder) -> CachedViews:
         """The features of the training views, from the cache or made now."""

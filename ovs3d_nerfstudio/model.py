@@ -37,9 +37,10 @@ class OVS3DModelConfig(NerfactoModelConfig):
     implementation: Literal["auto", "tcnn", "torch"] = "auto"  # type: ignore[assignment]
     """Hash grids and networks: tiny-cuda-nn, or torch with our own fast grid; auto takes tiny-cuda-nn when it imports."""
 
-    average_init_density: float = 0.01
-    """Density at the start. Nerfacto's 1 is a fog in which front-facing cameras may each grow their own picture before the
-    lens, and never leave it: on such scenes 12 dB held out instead of 22, depending on the seed."""
+    average_init_density: float | None = None  # type: ignore[assignment]
+    """Density at the start. Default: by the capture (see `capture`), 0.01 from the front, about 1 all around."""
+    near_plane: float | None = None  # type: ignore[assignment]
+    """Where rays begin. Default: by the capture, nerfacto's 0.05 from the front, 0.4 of the way to the subject all around."""
 
     num_scales: int = 3
     """Scales of the pyramid; set by the pipeline."""
@@ -116,6 +117,7 @@ class OVS3DModel(NerfactoModel):
         config = self.config
         if config.implementation == "auto":
             config.implementation = "tcnn" if tcnn_imports() else "torch"
+        self._choose_start()
         with _lpips_optional():
             super().populate_modules()  # type: ignore[no-untyped-call]
         # nerfstudio renders from the lens on, but what lies before the near plane was never trained.
@@ -145,6 +147,13 @@ class OVS3DModel(NerfactoModel):
                     module.position_gradients = needed
         self.segmenter = Segmenter()
         self.mixture = PatchMixture()
+
+    def _choose_start(self) -> None:
+        """Sets what the config leaves to the capture."""
+        config = self.config
+        density, near = self.kwargs["metadata"]["capture"].start()
+        config.average_init_density = density if config.average_init_density is None else config.average_init_density
+        config.near_plane = near if config.near_plane is None else config.near_plane
 
     def get_param_groups(self) -> dict[str, list[nn.Parameter]]:
         groups = super().get_param_groups()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.utils import comms
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
@@ -61,6 +62,7 @@ class OVS3DPipeline(VanillaPipeline):
 
     def __init__(self, config: OVS3DPipelineConfig, device: str, test_mode="val", *args: Any, **kwargs: Any):
         config.model.num_scales = len(config.datamanager.scales)
+        start = config.model.average_init_density, config.model.near_plane
         super().__init__(config, device, test_mode, *args, **kwargs)
         self.chosen_prompts: list[str] = []
         self.run_folder: Path | None = None
@@ -69,7 +71,19 @@ class OVS3DPipeline(VanillaPipeline):
                 data = self.datamanager.config.data
                 self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
                 CONSOLE.print(escape(origin))
+                if None in start:
+                    CONSOLE.print(self._how_captured())
             self.model.evaluator = self._evaluator()
+
+    def _how_captured(self) -> str:
+        """What was chosen by the capture, and how to choose otherwise."""
+        capture, model = self.datamanager.train_dataset.metadata["capture"], self.config.model
+        kind = "all around the scene" if capture.around else "from the front"
+        return (
+            f"Captured {kind} (the cameras turn through {capture.turn:.0f}°): geometry starts with density "
+            f"{model.average_init_density:.2g} from the near plane {model.near_plane:.2g} on. Choose otherwise with "
+            "--pipeline.model.average-init-density and --pipeline.model.near-plane."
+        )
 
     def _evaluator(self) -> Evaluator | None:
         datamanager = self.datamanager
@@ -119,7 +133,11 @@ class OVS3DPipeline(VanillaPipeline):
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
         trainer = training_callback_attributes.trainer
-        self.run_folder = trainer.base_dir if trainer is not None else None
+        if trainer is not None:
+            self.run_folder = trainer.base_dir
+            if comms.is_main_process():
+                # ns-train wrote it before the data was read; what was chosen by the capture belongs to the run.
+                trainer.config.save_config()
         return super().get_training_callbacks(training_callback_attributes)
 
     def get_train_loss_dict(self, step: int):

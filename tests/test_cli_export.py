@@ -1,12 +1,16 @@
 """`ovs3d export`: files that other readers open, in the frame of the data, with labels and objects that are right."""
 
+import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import open3d
 import pytest
 import torch
 import trimesh
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.scripts.exporter import ExportGaussianSplat
 from plyfile import PlyData
 
 from ovs3d_nerfstudio.cli.ply import vertex_table, with_labels, write_ply
@@ -14,6 +18,7 @@ from ovs3d_nerfstudio.cli.points import Frame, LabelledPoints, connected, object
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, train_cameras
 from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.model import _lpips_optional
 
 
 def demo_cloud() -> tuple[LabelledPoints, list[str]]:
@@ -125,7 +130,7 @@ def test_points_have_the_labels_of_their_pixels(trained, ovs3d):
 
 
 @pytest.mark.slow
-def test_a_mesh_and_a_splat_carry_the_labels_of_their_places(trained, tmp_path, ovs3d):
+def test_a_mesh_carries_the_labels_of_its_places(trained, tmp_path, ovs3d):
     from ovs3d_nerfstudio.cli.common import open_run
     from ovs3d_nerfstudio.cli.points import label_positions
 
@@ -139,29 +144,78 @@ def test_a_mesh_and_a_splat_carry_the_labels_of_their_places(trained, tmp_path, 
     assert len(mesh.faces) == len(ball.triangles) and mesh.is_watertight and mesh.volume > 0
     frame = Frame.of_run(trained[0].parent)
     assert np.allclose(frame.to_model(np.asarray(mesh.vertices)), np.asarray(ball.vertices), atol=1e-4)
-
-    names = ["x", "y", "z", "f_dc_0", "opacity", "scale_0", "rot_0"]
-    table = np.zeros(len(vertices), [(name, "f4") for name in names])
-    for axis, name in enumerate("xyz"):
-        table[name] = np.asarray(ball.vertices)[:, axis]
-    table["f_dc_0"] = np.arange(len(table))
-    write_ply(tmp_path / "splat.ply", table)
-    words = [*words, "--splat", tmp_path / "splat.ply", "--splat-config", trained[0]]
-    status, _ = ovs3d("export", "splat", *words)
-    assert status == 0
-    labelled = PlyData.read(str(tmp_path / "out" / "splat.ply"))["vertex"].data
-    assert list(labelled.dtype.names) == [*names, "class_id", "probability"]
-    assert (labelled["class_id"] == vertices["class_id"]).mean() > 0.99
-    assert np.array_equal(labelled["f_dc_0"], table["f_dc_0"])
-    for number, prompt in enumerate(["books", "cat", "espresso"], start=1):
-        alone = PlyData.read(str(tmp_path / "out" / f"{number:03d}-{prompt}.ply"))["vertex"].data
-        without = PlyData.read(str(tmp_path / "out" / f"{number:03d}-{prompt}-removed.ply"))["vertex"].data
-        assert len(alone) == (labelled["class_id"] == number).sum() and len(alone) + len(without) == len(table)
-        assert alone.dtype.names == table.dtype.names
     _, pipeline, _, _ = open_run(trained[0])
-    # The run's own prompts, in another order and number, are answered by the same field.
-    labels, probability = label_positions(pipeline.model, np.asarray(ball.vertices))
-    assert labels.max() < 7 and (probability <= 1).all()
+    trained_prompts = pipeline.model.segmenter.prompts
+    labels, _ = label_positions(pipeline.model, np.asarray(ball.vertices))
+    # Where one of the three prompts asked for wins among all of the run's, it wins among the three.
+    for number, prompt in enumerate(["books", "cat", "espresso"], start=1):
+        assert (vertices["class_id"][labels == trained_prompts.index(prompt)] == number).all()
+
+
+@pytest.fixture(scope="module")
+def splat(trained, scene, tmp_path_factory) -> tuple[Path, Path]:
+    """What `ns-export gaussian-splat` writes of a splatfacto run on the demo scene, and that run's config.
+
+    Gaussians are rasterised on a GPU only, so the run was never trained: its Gaussians are put on the scene's surfaces. Run
+    folder, checkpoint, frame and PLY are nerfstudio's own all the same.
+    """
+    out = tmp_path_factory.mktemp("splat")
+    config = copy.deepcopy(all_methods["splatfacto"])
+    config.data, config.output_dir, config.experiment_name, config.timestamp = scene, out, "run", "t"
+    config.machine.device_type = "cpu"
+    config.pipeline.datamanager.data = scene
+    # Another frame than that of our run, so that the two must be told apart.
+    config.pipeline.datamanager.dataparser.scale_factor = 0.5
+    config.pipeline.model.num_random = 2000
+    config.save_config()
+    # Its LPIPS would be downloaded, as nerfacto's would.
+    with _lpips_optional():
+        pipeline = config.pipeline.setup(device="cpu", test_mode="val")
+        parsed = pipeline.datamanager.train_dataparser_outputs
+        parsed.save_dataparser_transform(config.get_base_dir() / "dataparser_transforms.json")
+        cloud, _ = demo_cloud()
+        chosen = np.random.default_rng(0).choice(len(cloud.positions), 2000, replace=False)
+        on_surfaces = Frame.of_run(config.get_base_dir()).to_model(cloud.positions[chosen])
+        pipeline.model.gauss_params["means"].data = torch.from_numpy(on_surfaces).float()
+        config.get_checkpoint_dir().mkdir()
+        saved = {"step": 7, "pipeline": pipeline.state_dict()}
+        torch.save(saved, config.get_checkpoint_dir() / "step-000000007.ckpt")
+        ExportGaussianSplat(config.get_base_dir() / "config.yml", out / "exported").main()
+    return out / "exported" / "splat.ply", config.get_base_dir() / "config.yml"
+
+
+@pytest.mark.slow
+def test_gaussians_of_splatfacto_carry_the_labels_of_their_places(trained, splat, tmp_path, ovs3d):
+    from ovs3d_nerfstudio.cli.common import open_run
+    from ovs3d_nerfstudio.cli.points import label_positions
+
+    path, theirs = splat
+    words = ["export", "splat", "--load-config", trained[0], "--output-dir", tmp_path, "--splat", path]
+    status, _ = ovs3d(*words, "--splat-config", theirs)
+    assert status == 0
+    before, after = (PlyData.read(str(file))["vertex"].data for file in (path, tmp_path / "splat.ply"))
+    assert len(before) == len(after) == 2000 and {"f_dc_0", "f_rest_44", "opacity", "rot_3"} <= set(before.dtype.names)
+    assert list(after.dtype.names) == [*before.dtype.names, "class_id", "probability"]
+    assert all(np.array_equal(before[name], after[name]) for name in before.dtype.names)
+    _, pipeline, _, _ = open_run(trained[0])
+    positions = Frame.of_run(theirs.parent).to_data(np.stack([before[axis] for axis in "xyz"], -1))
+    labels, probability = label_positions(pipeline.model, Frame.of_run(trained[0].parent).to_model(positions))
+    assert (after["class_id"] == labels + 1).mean() > 0.99 and len(np.unique(labels)) > 1
+    assert np.allclose(after["probability"], probability, atol=1e-3)
+    for number, prompt in enumerate(pipeline.model.segmenter.prompts, start=1):
+        alone, without = (
+            PlyData.read(str(tmp_path / f"{number:03d}-{prompt}{kind}.ply"))["vertex"].data for kind in ("", "-removed")
+        )
+        assert np.array_equal(alone, before[after["class_id"] == number])
+        assert np.array_equal(without, before[after["class_id"] != number])
+
+
+@pytest.mark.slow
+def test_improbable_gaussians_are_none(trained, splat, tmp_path, ovs3d):
+    words = ["export", "splat", "--load-config", trained[0], "--output-dir", tmp_path, "--splat", splat[0]]
+    assert ovs3d(*words, "--least-probability", 0.5)[0] == 0
+    after = PlyData.read(str(tmp_path / "splat.ply"))["vertex"].data
+    assert np.array_equal(after["class_id"] == 0, after["probability"] < 0.5) and (after["class_id"] == 0).any()
 
 
 @pytest.mark.slow

@@ -1,0 +1,76 @@
+"""How a scene was captured, read off its cameras, and how its geometry should start.
+
+A field starts as fog, and each camera sees the fog before its own lens alone. Where that fog is dense, cameras paint it: 12 dB
+are lost on held-out views. Where it is thin, what has little texture ends far behind its place, in whatever fog is met
+first. Photos from the front need the thin start; among cameras that look at one place from all around, fog may stand where
+they look, as long as none stands before the lens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+FULL_TURN = 180.0
+"""Degrees of turning from which on cameras stand around the scene. A full turn has up to 360, an arc before it up to 120."""
+LOOKING_THERE = 0.9
+"""Share of the cameras that must have the common point before them, or they look outwards."""
+THIN_DENSITY, NERFACTO_NEAR = 0.01, 0.05
+"""Start from the front: density per unit of length, and nerfacto's near plane."""
+AROUND_DEPTH = 0.75
+"""Start all around: optical depth of the fog from a close camera to the common point."""
+AROUND_NEAR = 0.4
+"""Start all around: near plane, as a share of the way from a close camera to the common point."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What the cameras say of a capture."""
+
+    around: bool
+    """Whether the cameras stand around what they look at; otherwise they stand before it, or look outwards."""
+    turn: float
+    """Degrees about the vertical that the viewing directions span: 360 less the widest gap between them."""
+    distance: float
+    """Of a close camera (the 5th percentile) to the point that is nearest to all optical axes."""
+
+    def start(self) -> tuple[float, float]:
+        """Density at the start per unit of length, and near plane."""
+        if not self.around:
+            return THIN_DENSITY, NERFACTO_NEAR
+        return AROUND_DEPTH / self.distance, AROUND_NEAR * self.distance
+
+
+def capture_of(poses: Float[Tensor, "N 3 4"]) -> Capture:
+    """The capture of cameras with these camera-to-world poses (OpenGL axes)."""
+    poses = poses.double()
+    origins, views = poses[..., 3], -F.normalize(poses[..., 2], dim=-1)
+    to_point = nearest_to_axes(origins, views) - origins
+    there = ((to_point * views).sum(-1) > 0).double().mean()
+    turn = turn_of(views, F.normalize(poses[..., 1].mean(0), dim=0))
+    distance = float(to_point.norm(dim=-1).quantile(0.05))
+    around = bool(turn > FULL_TURN and there >= LOOKING_THERE and distance > 0)
+    return Capture(around, turn, distance)
+
+
+def nearest_to_axes(origins: Float[Tensor, "N 3"], views: Float[Tensor, "N 3"]) -> Float[Tensor, "3"]:
+    """The point with the least sum of squared distances to the lines from `origins` along the unit vectors `views`."""
+    across = torch.eye(3).to(views) - views[:, :, None] * views[:, None]
+    # The pseudo-inverse: parallel axes are near no point more than to another.
+    return torch.linalg.pinv(across.sum(0)) @ (across @ origins[..., None]).sum(0)[:, 0]
+
+
+def turn_of(views: Float[Tensor, "N 3"], up: Float[Tensor, "3"]) -> float:
+    """Degrees about `up` that the directions `views` span. Those within 10° of the vertical have no azimuth and are left out."""
+    level = views - (views @ up)[:, None] * up
+    level = level[level.norm(dim=-1) > 0.17]
+    if len(level) < 2:
+        return 0.0
+    first = F.normalize(level[0], dim=0)
+    azimuths = torch.atan2(level @ torch.linalg.cross(up, first), level @ first).rad2deg().sort().values
+    gaps = torch.cat([azimuths, azimuths[:1] + 360]).diff()
+    return 360 - float(gaps.max())
