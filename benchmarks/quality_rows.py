@@ -54,6 +54,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no-patch": {"model.patch_loss_mult": 0.0},
     "uniform-scales": {"model.learned_scales": False},
     "undetached": {"model.detach_density": False},
+    "dense": {"datamanager.clip_features": "dense"},
     "ovs3d": {},  # filled from the method of that name by `row_config`, as is `paper`
     "paper": {
         "model.fda_temperature": 0.2,
@@ -69,12 +70,24 @@ CHANGES: dict[str, dict[str, Any]] = {
     "pyramid-2d": {},
     "average-3d": {},
 }
+REFERENCES = ("pyramid-2d", "average-3d", "truth")
+"""What cannot be joined with another row."""
 ROWS = (
     *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch"),
     *("scale-5", "scale-7", "scale-10"),
-    *("uniform-scales", "undetached", "views-10", "views-20", "ovs3d", "paper", "pyramid-2d", "average-3d", "truth"),
+    *(
+        "uniform-scales",
+        "undetached",
+        "views-10",
+        "views-20",
+        "ovs3d",
+        "paper",
+        "pyramid-2d",
+        "average-3d",
+        "truth",
+    ),
 )
-"""All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N."""
+"""All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N; A+B is both."""
 DEPTH_SHRINK = 1 / 3
 """Training views' depth is rendered smaller for `average-3d`: cells are larger than three pixels anyway."""
 DEPTH_TOLERANCE = 0.03
@@ -120,9 +133,13 @@ NO_COSTS: dict[str, float | None] = {"minutes": None, "feature_minutes": None, "
 
 def check_row(row: str) -> str:
     """`row` itself. Raises QualityError when there is no such row."""
-    if row in CHANGES or re.fullmatch(r"(scale|views)-\d+|fda-x\d+(\.\d+)?", row):
-        return row
-    raise QualityError(f"There is no row '{row}'; choose of {', '.join(ROWS)}, or scale-N, views-N, fda-xN.")
+    parts = row.split("+")
+    known = all(p in CHANGES or re.fullmatch(r"(scale|views)-\d+|fda-x\d+(\.\d+)?", p) for p in parts)
+    if not known or (len(parts) > 1 and any(reference in parts for reference in REFERENCES)):
+        raise QualityError(
+            f"There is no row '{row}'; choose of {', '.join(ROWS)}, scale-N, views-N, fda-xN, or several joined by +."
+        )
+    return row
 
 
 def check_scene(scene: Path) -> list[str]:
@@ -145,7 +162,8 @@ def measure(job: Job, row: str, held: dict[str, OVS3DPipeline]) -> Outcome:
         # Semantic losses do not reach the density, so geometry alone is as good as the run of `full`.
         pipeline = held.pop("full", None) or train(job, "full", {"model.semantics_start": NEVER})[0]
         return Outcome(_average(pipeline), NO_COSTS)
-    pipeline, costs = train(job, row, CHANGES.get(row, {}))
+    changes = {path: value for part in row.split("+") for path, value in CHANGES.get(part, {}).items()}
+    pipeline, costs = train(job, row, changes)
     manager, evaluator, splits = pipeline.datamanager, pipeline.model.evaluator, {}
     for split, dataset in zip(SPLITS, (manager.eval_dataset, manager.train_dataset), strict=True):
         if any(path.stem in evaluator.annotations.views for path in dataset.image_filenames):
@@ -169,19 +187,20 @@ def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
     data = job.scene
     if job.steps is not None:
         _shorten(config, job.steps)
-    if row.startswith("views-"):
-        data = restrict_views(data, int(row[6:]), job.output_dir / "scenes" / f"{job.name}-{row}")
-    if row.startswith("scale-"):
-        pipeline.datamanager.scales = (float(row[6:]),)
-    if row.startswith("fda-x"):
-        pipeline.model.fda_positive_mult *= float(row[5:])
-        pipeline.model.fda_negative_mult *= float(row[5:])
-    if row in ("ovs3d", "paper"):
-        paper = all_methods["ovs3d"].pipeline.model
-        for name in (field.name for field in fields(paper)):
-            loss = name.endswith("_loss_mult") and name.split("_")[0] in ("feature", "patch", "rda", "unmixing")
-            if loss or name == "rda_range" or (name.startswith("fda_") and name not in ("fda_start", "fda_pairs")):
-                setattr(pipeline.model, name, getattr(paper, name))
+    for part in row.split("+"):
+        if part.startswith("views-"):
+            data = restrict_views(data, int(part[6:]), job.output_dir / "scenes" / f"{job.name}-{part}")
+        if part.startswith("scale-"):
+            pipeline.datamanager.scales = (float(part[6:]),)
+        if part in ("ovs3d", "paper"):
+            paper = all_methods["ovs3d"].pipeline.model
+            for name in (field.name for field in fields(paper)):
+                loss = name.endswith("_loss_mult") and name.split("_")[0] in ("feature", "patch", "rda", "unmixing")
+                if loss or name == "rda_range" or (name.startswith("fda_") and name not in ("fda_start", "fda_pairs")):
+                    setattr(pipeline.model, name, getattr(paper, name))
+        if part.startswith("fda-x"):
+            pipeline.model.fda_positive_mult *= float(part[5:])
+            pipeline.model.fda_negative_mult *= float(part[5:])
     for path, value in changes.items():
         part, name = path.split(".")
         setattr(getattr(pipeline, part), name, value)
