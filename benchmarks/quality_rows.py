@@ -75,17 +75,8 @@ REFERENCES = ("pyramid-2d", "average-3d", "truth")
 ROWS = (
     *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch"),
     *("scale-5", "scale-7", "scale-10"),
-    *(
-        "uniform-scales",
-        "undetached",
-        "views-10",
-        "views-20",
-        "ovs3d",
-        "paper",
-        "pyramid-2d",
-        "average-3d",
-        "truth",
-    ),
+    *("uniform-scales", "undetached", "views-10", "views-20"),
+    *("ovs3d", "paper", "pyramid-2d", "average-3d", "truth"),
 )
 """All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N; A+B is both."""
 DEPTH_SHRINK = 1 / 3
