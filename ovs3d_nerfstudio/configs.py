@@ -15,12 +15,12 @@ from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
-from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from ovs3d_nerfstudio.datamanager import OVS3DDataManagerConfig
 from ovs3d_nerfstudio.model import OVS3DModelConfig
 from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
+from ovs3d_nerfstudio.trainer import OVS3DTrainerConfig
 
 
 @dataclass
@@ -59,7 +59,7 @@ def _device() -> Literal["cpu", "cuda", "mps"]:
 
 def _trainer(
     name: str, steps: int, rays: int, windows: dict[str, int], model: OVS3DModelConfig, **pipeline
-) -> TrainerConfig:
+) -> OVS3DTrainerConfig:
     """The recipe: `rays` a step, and what the variant changes of the windows beside them."""
     datamanager = OVS3DDataManagerConfig(
         dataparser=NerfstudioDataParserConfig(),
@@ -67,7 +67,7 @@ def _trainer(
         eval_num_rays_per_batch=rays,
         **windows,  # type: ignore[arg-type]
     )
-    return TrainerConfig(
+    return OVS3DTrainerConfig(
         method_name=name,
         machine=MachineConfig(device_type=_device()),
         max_num_iterations=steps,

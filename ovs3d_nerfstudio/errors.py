@@ -34,11 +34,13 @@ def user_errors() -> Iterator[None]:
         CacheError,
         DemoError,
     ) as error:
+        CONSOLE.quiet = False  # a rank but the first is quiet otherwise
         CONSOLE.print(f"[bold red]Error:[/bold red] {escape(str(error))}")
         raise SystemExit(1) from None
     except OSError as error:
         if error.filename is None:
             raise
+        CONSOLE.quiet = False
         CONSOLE.print(
             f"[bold red]Error:[/bold red] {escape(str(error.filename))} cannot be read or written "
             f"({escape(error.strerror or str(error))}); check the path and its permissions, or make room."

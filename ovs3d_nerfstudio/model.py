@@ -162,11 +162,24 @@ class OVS3DModel(NerfactoModel):
         groups["patch_mixture"] = list(self.mixture.parameters())
         return groups
 
-    def forward(self, ray_bundle: RayBundle, semantics: bool = True, window_rays: RayBundle | None = None) -> dict:
-        """Outputs of `ray_bundle`; with `window_rays`, their Semantics too, as `window_semantics`."""
+    def forward(
+        self,
+        ray_bundle: RayBundle,
+        semantics: bool = True,
+        window_rays: RayBundle | None = None,
+        batch: dict | None = None,
+    ):
+        """Outputs of `ray_bundle`; with `window_rays`, their Semantics too, as `window_semantics`.
+
+        With a `batch` to learn from: the outputs, the losses and the metrics.
+        """
         self._semantics = semantics and self.segmenter.ready
         self._window_rays = window_rays
-        return super().forward(ray_bundle)
+        outputs = super().forward(ray_bundle)
+        if batch is None:
+            return outputs
+        metrics = self.get_metrics_dict(outputs, batch)
+        return outputs, self.get_loss_dict(outputs, batch, metrics), metrics
 
     def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict:
         """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short."""

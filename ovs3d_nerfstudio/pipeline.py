@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from nerfstudio.utils import comms
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
+from torch.nn.parallel import DistributedDataParallel
 
+from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.datamanager import OVS3DDataManager, OVS3DDataManagerConfig
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
 from ovs3d_nerfstudio.errors import user_errors
@@ -60,10 +62,21 @@ class OVS3DPipeline(VanillaPipeline):
     config: OVS3DPipelineConfig
     datamanager: OVS3DDataManager
 
-    def __init__(self, config: OVS3DPipelineConfig, device: str, test_mode="val", *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        config: OVS3DPipelineConfig,
+        device: str,
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        grad_scaler: Any = None,
+    ):
         config.model.num_scales = len(config.datamanager.scales)
         start = config.model.average_init_density, config.model.near_plane
-        super().__init__(config, device, test_mode, *args, **kwargs)
+        # As if alone: nerfstudio would wrap the model for gradients to be averaged right away, when its parameters do not
+        # have their sizes yet, and for CUDA only. See `prepare_features`.
+        super().__init__(config, device, test_mode, grad_scaler=grad_scaler)
+        self.world_size = world_size
         self.chosen_prompts: list[str] = []
         self.run_folder: Path | None = None
         with user_errors():
@@ -98,16 +111,23 @@ class OVS3DPipeline(VanillaPipeline):
         return super().model  # type: ignore[return-value]
 
     def prepare_features(self) -> None:
-        """Extract, fit the basis, embed the prompts. A resumed run keeps the basis of its checkpoint."""
+        """Extract, fit the basis, embed the prompts. A resumed run keeps the basis of its checkpoint.
+
+        Of several ranks the first fits and embeds for all; from then on their gradients are averaged.
+        """
         config, segmenter = self.config, self.model.segmenter
         encoder = image_text_encoder(config.image_text_encoder, self.device)
         views = self.datamanager.extract_features(encoder, token_encoder(config.token_encoder, self.device))
-        text = encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)
+        text = ranks.from_first(
+            lambda: encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)
+        )
         known = segmenter.ready and segmenter.prompts == self.chosen_prompts
         if segmenter.ready:
             basis = Basis(segmenter.basis.cpu(), float("nan"))
         else:
-            basis, _ = fit_basis(views, text, config.model.basis_dim, config.model.basis_energy)
+            basis, _ = ranks.from_first(
+                lambda: fit_basis(views, text, config.model.basis_dim, config.model.basis_energy)
+            )
             CONSOLE.print(
                 f"Features: {basis.vectors.shape[1]} of {basis.vectors.shape[0]} dimensions hold {basis.energy:.1%} of the scene."
             )
@@ -126,7 +146,11 @@ class OVS3DPipeline(VanillaPipeline):
         if not known:
             self.model.mixture.configure(prompts)
         self.model.semantic_field.resize(basis.vectors.shape[1])
-        if self.run_folder is not None and self.chosen_prompts:
+        if self.world_size > 1:
+            # Copies all parameters and buffers of rank 0, so what each rank drew itself until here does not matter. Before
+            # the semantic losses begin, their parameters take no part in a step.
+            self._model = DistributedDataParallel(self.model, find_unused_parameters=True, broadcast_buffers=False)  # type: ignore[assignment]
+        if self.run_folder is not None and self.chosen_prompts and ranks.rank() == 0:
             save_legend(self.run_folder / "legend.png", self.chosen_prompts, segmenter.colors.cpu())
 
     def get_training_callbacks(
@@ -156,11 +180,8 @@ class OVS3DPipeline(VanillaPipeline):
                 drawn = self.datamanager.next_windows()
                 if drawn is not None:
                     window_rays, batch["windows"] = drawn
-        # Everything that is learned from goes through one call, as DDP wants it.
-        outputs = self._model(ray_bundle, semantics, window_rays)
-        metrics_dict = self.model.get_metrics_dict(outputs, batch)
-        loss_dict = self.model.get_loss_dict(outputs, batch, metrics_dict)
-        return outputs, loss_dict, metrics_dict
+        # Everything that is learned goes through one call: DDP sees only parameters that are used inside it.
+        return self._model(ray_bundle, semantics, window_rays, batch)
 
     def get_eval_image_metrics_and_images(self, step: int):
         metrics, images = super().get_eval_image_metrics_and_images(step)

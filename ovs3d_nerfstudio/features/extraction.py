@@ -26,6 +26,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder, pool_boxes
 from ovs3d_nerfstudio.features.cache import FeatureCache, picture_key
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
@@ -79,6 +80,8 @@ def extract(
 ) -> CachedViews:
     """Make what the cache lacks of the pyramid and the tokens of `paths`, and say where all of it lies.
 
+    Several ranks divide the views, and return when all are made.
+
     Args:
         scales: patches along the shorter side of a picture, one number a scale (3D-OVS: 5, 7, 10).
         clip_features: whether each patch is embedded as a crop, or pooled from one dense pass over its picture.
@@ -91,11 +94,14 @@ def extract(
     pyramid = FeatureCache(cache_dir, "pyramid", recipe)
     tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint, "dims": token_encoder.kept_dims})
     views = CachedViews([picture_key(path) for path in paths], [], tuple(scales), pyramid, tokens)
+    mine = range(ranks.rank(), len(paths), ranks.count())
     with ThreadPoolExecutor() as checkers:  # checksums, at the speed of the disk
-        intact = list(checkers.map(lambda key: [store.intact(key) for store in (pyramid, tokens)], views.keys))
-    missing = [i for i, found in enumerate(intact) if not all(found)]
+        found = checkers.map(lambda i: [store.intact(views.keys[i]) for store in (pyramid, tokens)], mine)
+        intact = dict(zip(mine, found, strict=True))
+    missing = [i for i in mine if not all(intact[i])]
+    share = f" This process has its share of {len(paths)} views." if ranks.count() > 1 else ""
     console.print(
-        f"Features: {len(paths) - len(missing)} of {len(paths)} views are cached in {cache_dir}, {len(missing)} to make."
+        f"Features: {len(mine) - len(missing)} of {len(mine)} views are cached in {cache_dir}, {len(missing)} to make.{share}"
     )
     damaged = sum(pyramid.path(views.keys[i]).exists() and not intact[i][0] for i in missing)
     damaged += sum(tokens.path(views.keys[i]).exists() and not intact[i][1] for i in missing)
@@ -142,6 +148,7 @@ def extract(
         for i in elsewhere:
             make(i, partial(read_picture, paths[i]), wait=True)
             progress.update(task, advance=1, rate=_rate(progress, task))
+    ranks.wait_for_all()
     views.sizes = [(height, width) for width, height in map(picture_size, paths)]
     megabytes = (pyramid.size(views.keys) + tokens.size(views.keys)) / 2**20
     console.print(

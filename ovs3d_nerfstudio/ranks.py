@@ -1,0 +1,52 @@
+"""The processes of one run on several devices: which of them this one is, and what they wait for. Only torch.distributed.
+
+Alone, a process is rank 0 of 1, and waits for nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+STEP_TIMEOUT = timedelta(hours=3)
+"""How long a rank waits in a step for one that evaluates, or whose viewer is paused. One that died is noticed at once."""
+WORK_TIMEOUT = timedelta(days=7)
+"""How long it waits for others to extract: as long as that takes on the slowest machine."""
+
+_workers: dist.ProcessGroup | None = None
+
+
+def join(url: str, rank: int, count: int, backend: str) -> None:
+    """Become rank `rank` of `count`; all of them meet at `url` (tcp://… or file://…)."""
+    global _workers
+    dist.init_process_group(backend, init_method=url, world_size=count, rank=rank, timeout=STEP_TIMEOUT)
+    # Waiting goes by gloo on every device: it sees the connection of a dead rank close, where NCCL would need the timeout.
+    _workers = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Returns when every rank has come here. Raises RuntimeError when one of them died."""
+    if count() > 1:
+        dist.barrier(_workers)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank: made once, and the same to the last bit."""
+    if count() == 1:
+        return make()
+    made = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0, group=_workers)
+    return made[0]  # type: ignore[return-value]
