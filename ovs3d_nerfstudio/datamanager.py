@@ -72,16 +72,15 @@ class OVS3DDataManager(VanillaDataManager):
         """Hold the features of `views` as coefficients of `basis` for the steps to come."""
         self.teachers = Teachers(views, basis, self.device)
         cameras = self.train_dataset.cameras
-        self._sizes = torch.cat([cameras.height, cameras.width], -1)
+        self._sizes = torch.cat([cameras.height, cameras.width], -1).cpu()
         return self.teachers
 
     def next_teachers(self, batch: dict) -> tuple[Float[Tensor, "R S K"], Float[Tensor, "R S 2 C"]]:
         """What the pyramid says of the rays of `batch`, one cell a scale, and the ranges of their views' similarities."""
         assert self.teachers is not None, "teach() comes first"
-        indices = batch["indices"].to(self.device)
-        sizes = self._sizes.to(self.device)[indices[:, 0]]
-        y, x = ((indices[:, 1:] + 0.5) / sizes).unbind(-1)
-        return self.teachers.at(indices[:, 0], y, x), self.teachers.ranges[indices[:, 0]]
+        indices = batch["indices"].cpu()
+        y, x = ((indices[:, 1:] + 0.5) / self._sizes[indices[:, 0]]).unbind(-1)
+        return self.teachers.at(indices[:, 0], y, x), self.teachers.ranges[indices[:, 0].to(self.device)]
 
     def next_windows(self) -> tuple[RayBundle, Windows] | None:
         """Windows for FDA and the patch loss with their rays, or None when no window is asked for."""
@@ -89,6 +88,6 @@ class OVS3DDataManager(VanillaDataManager):
         if self.config.num_windows == 0:
             return None
         windows = self.teachers.windows(
-            self.config.num_windows, self.config.window_size, self._sizes.cpu(), rays_a_token=self.config.rays_a_token
+            self.config.num_windows, self.config.window_size, self._sizes, rays_a_token=self.config.rays_a_token
         )
         return self.train_ray_generator(windows.indices), windows

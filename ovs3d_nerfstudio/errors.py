@@ -9,6 +9,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
 from ovs3d_nerfstudio.annotations import AnnotationError
+from ovs3d_nerfstudio.anomaly import AnomalyError
 from ovs3d_nerfstudio.demo.scene import DemoError
 from ovs3d_nerfstudio.encoders.base import EncoderError
 from ovs3d_nerfstudio.features.cache import CacheError
@@ -29,6 +30,7 @@ def user_errors() -> Iterator[None]:
         CommandError,
         PromptError,
         AnnotationError,
+        AnomalyError,
         EncoderError,
         PictureError,
         CacheError,

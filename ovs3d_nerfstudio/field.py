@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 SALIENCY_GAIN = 5.0
 """Factor on the head's output for the logarithm of the saliency, which makes it learn as fast as the features do."""
+SALIENCY_LIMIT = 15.0
+"""Least and greatest logarithm of the saliency: a factor of ten million between two points, and no infinity."""
 
 
 class LInfContraction(SceneContraction):
@@ -90,9 +92,9 @@ class SemanticField(nn.Module):
         else:
             unit = SceneBox.get_normalized_positions(positions, self.aabb)
         h = self.last(self.hidden(self.grid(unit.clamp(0, 1).reshape(-1, 3)).to(torch.float32)))
-        h = h.view(*positions.shape[:-1], -1)
+        h = h.view(*positions.shape[:-1], -1).float()  # in half precision a great saliency would be infinite
         coefficients, scales, saliency = h.split([self.dim, self.num_scales, 1], dim=-1)
-        return coefficients, scales, (SALIENCY_GAIN * saliency).exp()
+        return coefficients, scales, (SALIENCY_GAIN * saliency).clamp(-SALIENCY_LIMIT, SALIENCY_LIMIT).exp()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # The number of coefficients is chosen by the scene, not by the config: take it from the checkpoint.

@@ -10,13 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovs3d_nerfstudio.features.teachers import Windows
+from ovs3d_nerfstudio.renderers import LEAST_LENGTH
 
 Divergence = Literal["js", "kl"]
 
 
 def cosine_loss(features: Float[Tensor, "R K"], targets: Float[Tensor, "R K"]) -> Float[Tensor, ""]:
     """Mean of 1 − cos(feature, target): the feature loss (3D-OVS eq. 3). Zero vectors count as cos = 0."""
-    return (1 - F.cosine_similarity(features, targets, dim=-1)).mean()
+    return (1 - F.cosine_similarity(features, targets, dim=-1, eps=LEAST_LENGTH)).mean()
 
 
 def js_divergence(log_p: Float[Tensor, "*n C"], log_q: Float[Tensor, "*n C"]) -> Float[Tensor, "*n"]:
@@ -91,7 +92,7 @@ def patch_distances(
     for group, picture in zip(windows.patches, pictures, strict=True):
         rows, cols = _through(group.rows, aperture), _through(group.cols, aperture)
         mean = torch.einsum("pi,pj,ijk->pk", rows, cols, picture)
-        distances.append(1 - F.cosine_similarity(mean, group.coefficients, dim=-1))
+        distances.append(1 - F.cosine_similarity(mean, group.coefficients, dim=-1, eps=LEAST_LENGTH))
     return torch.cat(distances)
 
 
@@ -116,5 +117,7 @@ def _through(coverage: Float[Tensor, "P T"], aperture: Float[Tensor, ""] | float
     place = torch.arange(coverage.shape[1], device=coverage.device) + 0.5
     centre = (coverage * place).sum(1, keepdim=True)
     half = 0.5 / coverage.amax(1, keepdim=True)
-    weighed = coverage * torch.exp(-aperture * ((place - centre) / half).square())
+    exponent = -aperture * ((place - centre) / half).square()
+    # Less the greatest, which cancels: a narrow aperture would else leave no weight at all to divide by.
+    weighed = coverage * torch.exp(exponent - exponent.amax(1, keepdim=True))
     return weighed / weighed.sum(1, keepdim=True)

@@ -263,7 +263,9 @@ class OVS3DModel(NerfactoModel):
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
         loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)
         if "teachers" in batch:
-            loss_dict |= self.semantic_losses(outputs, batch)
+            # In single precision: half of it holds a cosine to three digits, and no salient feature beyond 65 504.
+            with torch.autocast(self.device.type, enabled=False):
+                loss_dict |= self.semantic_losses(outputs, batch)
         return loss_dict
 
     def semantic_losses(self, outputs: dict, batch: dict) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from torch.nn.parallel import DistributedDataParallel
 
 from ovs3d_nerfstudio import ranks
+from ovs3d_nerfstudio.anomaly import LossGuard
 from ovs3d_nerfstudio.datamanager import OVS3DDataManager, OVS3DDataManagerConfig
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
 from ovs3d_nerfstudio.errors import user_errors
@@ -77,6 +78,9 @@ class OVS3DPipeline(VanillaPipeline):
         # have their sizes yet, and for CUDA only. See `prepare_features`.
         super().__init__(config, device, test_mode, grad_scaler=grad_scaler)
         self.world_size = world_size
+        self.loss_guard = LossGuard(
+            late=torch.device(device).type != "cpu" and bool(grad_scaler and grad_scaler.is_enabled())
+        )
         self.chosen_prompts: list[str] = []
         self.run_folder: Path | None = None
         with user_errors():
@@ -132,7 +136,7 @@ class OVS3DPipeline(VanillaPipeline):
                 f"Features: {basis.vectors.shape[1]} of {basis.vectors.shape[0]} dimensions hold {basis.energy:.1%} of the scene."
             )
         teachers = self.datamanager.teach(views, basis)
-        chosen = torch.randperm(len(teachers.cells), device=teachers.cells.device)[:SAMPLE_CELLS]
+        chosen = torch.randperm(len(teachers.cells))[:SAMPLE_CELLS]
         segmenter.configure(
             self.chosen_prompts,
             text,
@@ -181,7 +185,10 @@ class OVS3DPipeline(VanillaPipeline):
                 if drawn is not None:
                     window_rays, batch["windows"] = drawn
         # Everything that is learned goes through one call: DDP sees only parameters that are used inside it.
-        return self._model(ray_bundle, semantics, window_rays, batch)
+        outputs, loss_dict, metrics_dict = self._model(ray_bundle, semantics, window_rays, batch)
+        with user_errors():
+            self.loss_guard.check(step, loss_dict)
+        return outputs, loss_dict, metrics_dict
 
     def get_eval_image_metrics_and_images(self, step: int):
         metrics, images = super().get_eval_image_metrics_and_images(step)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -18,7 +18,7 @@ STEP_TIMEOUT = timedelta(hours=3)
 WORK_TIMEOUT = timedelta(days=7)
 """How long it waits for others to extract: as long as that takes on the slowest machine."""
 
-_workers: dist.ProcessGroup | None = None
+_workers: Any = None
 
 
 def join(url: str, rank: int, count: int, backend: str) -> None:

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+LEAST_LENGTH = 1e-6
+"""Shorter features have no direction: the gradient of a normalisation grows as one over the length, and ends here."""
+
 
 def top_samples(
     positions: Float[Tensor, "*R n 3"], weights: Float[Tensor, "*R n 1"], count: int

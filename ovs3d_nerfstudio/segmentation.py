@@ -11,6 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ovs3d_nerfstudio.palette import colors_for
+from ovs3d_nerfstudio.renderers import LEAST_LENGTH
+
+LEAST_RANGE = 1e-3
+"""Cosines that differ by less are taken as equal: cells lie in half precision, whose rounding is half of that."""
 
 
 class Segmenter(nn.Module):
@@ -71,7 +75,8 @@ class Segmenter(nn.Module):
         self.range = self.similarity_range(self.text)
         self.colors = torch.from_numpy(colors_for(self.prompts, self.prompts)).to(device)
         if len(self.prompts) > 1:
-            self.spread = (self.sample @ self.project(self.text)).std(-1).mean()
+            spread = (self.sample @ self.project(self.text)).std(-1).mean()
+            self.spread = spread.clamp(min=LEAST_RANGE)  # an encoder may embed two prompts alike
 
     def ask(self, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> None:
         """Answer for other prompts from now on; basis, scene and the colours of the training's prompts stay.
@@ -97,7 +102,7 @@ class Segmenter(nn.Module):
 
     def similarities(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n C"]:
         """z_c = cos(f, t_c) with every training prompt (3D-OVS §3.2)."""
-        return F.normalize(coefficients, dim=-1) @ self.project(self.text)
+        return F.normalize(coefficients, dim=-1, eps=LEAST_LENGTH) @ self.project(self.text)
 
     def relevancies(self, similarities: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
         """Similarities stretched by their range over the scene: 0 where a prompt is as absent as anywhere, 1 where it
@@ -143,7 +148,7 @@ class Segmenter(nn.Module):
 
 def stretched(values: Float[Tensor, "*n C"], low: Float[Tensor, "*n C"], high: Float[Tensor, "*n C"]) -> Tensor:
     """Values with `low` … `high` moved to 0 … 1; where the two are equal nothing is blown up."""
-    return (values - low) / (high - low).clamp(min=1e-6)
+    return (values - low) / (high - low).clamp(min=LEAST_RANGE)
 
 
 def _quantiles(values: Float[Tensor, "n C"], low: float, high: float) -> Float[Tensor, "2 C"]:

@@ -23,6 +23,7 @@ from nerfstudio.utils import comms
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from ovs3d_nerfstudio import ranks
+from ovs3d_nerfstudio.anomaly import check_weights
 from ovs3d_nerfstudio.errors import CommandError, user_errors
 
 
@@ -51,11 +52,17 @@ class OVS3DTrainerConfig(TrainerConfig):
 
 
 class OVS3DTrainer(Trainer):
-    """nerfstudio's trainer; only rank 0 evaluates."""
+    """nerfstudio's trainer; only rank 0 evaluates, and weights that are not finite are not saved."""
 
     def eval_iteration(self, step: int) -> None:
         if comms.is_main_process():
             super().eval_iteration(step)
+
+    def save_checkpoint(self, step: int) -> None:
+        """Writes a checkpoint, on rank 0."""
+        with user_errors():
+            check_weights(self.pipeline.model, step)
+        super().save_checkpoint(step)
 
 
 class Processes:
@@ -129,7 +136,7 @@ def _work(local_rank: int, config: OVS3DTrainerConfig, url: str) -> None:
         on_it = list(range(other * machine.num_devices, (other + 1) * machine.num_devices))
         group = dist.new_group(on_it)
         if other == machine.machine_rank:
-            comms.LOCAL_PROCESS_GROUP = group
+            comms.LOCAL_PROCESS_GROUP = group  # type: ignore[assignment]
     try:
         train_loop(local_rank, count, config, rank)
     except RuntimeError:

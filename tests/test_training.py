@@ -187,6 +187,16 @@ def test_a_users_mistake_ends_with_a_sentence(data, checkpoints, capsys, setting
     assert sentence.lower() in capsys.readouterr().out.replace("\n", " ").lower()
 
 
+def test_a_loss_that_is_no_number_ends_training_with_its_name_and_step(data, checkpoints, capsys):
+    trained = pipeline(data, **checkpoints, prompts="a cat; a rocket")
+    train(trained, 0, 2)
+    trained.model.semantic_field.last.bias.data[0] = torch.nan
+    with pytest.raises(SystemExit) as stopped:
+        train(trained, 2, 3)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 1 and "stopped at step 2: feature_loss is nan" in printed and "rgb_loss" not in printed
+
+
 def test_tiny_cuda_nn_is_no_requirement(data):
     model = pipeline(data).model
     assert isinstance(model, OVS3DModel) and model.config.implementation == "torch"

@@ -1,4 +1,4 @@
-"""Teachers: what the cached features say of a ray, held as basis coefficients on the training device.
+"""Teachers: what the cached features say of a ray, as basis coefficients that lie on disk and are read where rays need them.
 
 For a pixel: the pyramid cell of each scale it lies in. For a window (a block of tokens of one view): its tokens and the
 patches that lie inside it, with what averages the window's rays over each patch.
@@ -7,6 +7,7 @@ patches that lie inside it, with what averages the window's rays over each patch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.features.basis import Basis
 from ovs3d_nerfstudio.features.extraction import CachedViews
+from ovs3d_nerfstudio.features.rows import DiskRows
 
 
 @dataclass
@@ -41,30 +43,38 @@ class Windows:
 
 
 class Teachers:
-    """Coefficients of every cell and patch of the training views."""
+    """Coefficients of every cell and patch of the training views.
+
+    They are memory-mapped, and looked up on the CPU: neither its memory nor the device's grows with the views.
+    """
 
     def __init__(self, views: CachedViews, basis: Basis, device: torch.device | str):
+        """`device` is where answers go. Raises CacheError when the disk is full."""
         self.views = views
         self.device = torch.device(device)
-        cells, patches, boxes, tables = [], [], [], []
-        start = 0
+        folder, dim = views.pyramid.folder, basis.vectors.shape[1]
+        cells, patches = DiskRows(folder, torch.half), DiskRows(folder, torch.half)
+        boxes = DiskRows(folder, torch.float32)
+        tables, ends, start = [], [0], 0
         for view in range(len(views.keys)):
             height, width = views.sizes[view]
-            size = torch.tensor([width, height, width, height])
             embedded = [scale.float() for scale in views.patches(view)]
             for grid, scale in zip(views.grids(view), embedded, strict=True):
                 cells.append(basis.project(F.normalize(grid.cells(scale), dim=-1)).half())
                 tables.append([grid.rows, grid.cols, start])
                 start += grid.num_cells
-            patches.append(basis.project(torch.cat(embedded)).half().to(self.device))
-            boxes.append(torch.cat(views.boxes(view)) / size)
-        self.cells = torch.cat(cells).to(self.device)
-        """All cells, n×K half precision: view by view, scale by scale, row by row."""
-        # Patches of each view: coefficients on the device, boxes as shares of the picture on the CPU, where windows are drawn.
-        self._patches, self._boxes = patches, boxes
+            patches.append(basis.project(torch.cat(embedded)).half())
+            boxes.append(torch.cat(views.boxes(view)) / torch.tensor([width, height, width, height]))
+            ends.append(ends[-1] + sum(map(len, embedded)))
+        self.cells = cells.mapped(dim)
+        """All cells, n×K half precision on the CPU: view by view, scale by scale, row by row."""
+        # Patches: coefficients, boxes as shares of the picture, and which of both are a view's.
+        self._patches, self._boxes = patches.mapped(dim), boxes.mapped(4)
+        self._patches_of = [slice(*span) for span in pairwise(ends)]
         # Rows and columns of cells, first cell of each view and scale.
-        self._grid = torch.tensor(tables, device=self.device).reshape(len(views.keys), len(views.scales), 3)
+        self._grid = torch.tensor(tables).reshape(len(views.keys), len(views.scales), 3)
         self._tokens = [views.token_grid(view) for view in range(len(views.keys))]
+        self._smallest = min(side for grid in self._tokens for side in grid.shape[:2])
         self.ranges = torch.zeros(*self._grid.shape[:2], 2, 0, device=self.device)
         """N×S×2×C, see `measure_ranges`; no prompts, no ranges."""
 
@@ -74,19 +84,22 @@ class Teachers:
 
     def measure_ranges(self, prompts: Float[Tensor, "K C"]) -> None:
         """Sets `ranges`: the least and greatest cosine with each prompt over the pixels of a view, for every scale."""
-        rows, cols, first = self._grid.cpu().reshape(-1, 3).unbind(-1)
-        ranges = []
+        rows, cols, first = self._grid.reshape(-1, 3).unbind(-1)
+        prompts, ranges = prompts.cpu(), []
         for start, count in zip(first.tolist(), (rows * cols).tolist(), strict=True):
             similarities = F.normalize(self.cells[start : start + count].float(), dim=-1) @ prompts
             ranges.append(torch.stack([similarities.amin(0), similarities.amax(0)]))
-        self.ranges = torch.stack(ranges).view(*self._grid.shape[:2], 2, -1)
+        self.ranges = torch.stack(ranges).view(*self._grid.shape[:2], 2, -1).to(self.device)
 
     def at(self, view: Int[Tensor, " R"], y: Float[Tensor, " R"], x: Float[Tensor, " R"]) -> Float[Tensor, "R S K"]:
-        """Coefficients of the cell of each scale that holds a pixel; `y`, `x` in [0, 1) of the picture's height, width."""
+        """Coefficients of the cell of each scale that holds a pixel; `y`, `x` in [0, 1) of the picture's height, width.
+
+        Takes tensors on the CPU, answers on the device.
+        """
         rows, cols, first = self._grid[view].unbind(-1)
         row = (y[:, None] * rows).long().minimum(rows - 1)
         col = (x[:, None] * cols).long().minimum(cols - 1)
-        return self.cells[first + row * cols + col].float()
+        return self.cells[first + row * cols + col].to(self.device).float()
 
     def windows(
         self,
@@ -102,7 +115,7 @@ class Teachers:
             sizes: height and width in pixels of every view as it is rendered.
             rays_a_token: rays along a token's side.
         """
-        side = min([side, *(min(grid.shape[:2]) for grid in self._tokens)])
+        side = min(side, self._smallest)
         rays = side * rays_a_token
         corner = torch.stack(torch.meshgrid(torch.arange(rays), torch.arange(rays), indexing="ij"), -1).reshape(-1, 2)
         token = corner // rays_a_token @ torch.tensor([side, 1])
@@ -131,13 +144,14 @@ class Teachers:
         self, view: int, corner: Float[Tensor, "2"], extent: Float[Tensor, "2"], side: int
     ) -> PatchGroup:
         """The patches of all scales inside the window at `corner` (x, y) of the picture, as shares of it."""
-        boxes = (self._boxes[view] - corner.repeat(2)) / extent.repeat(2) * side
+        span = self._patches_of[view]
+        boxes = (self._boxes[span] - corner.repeat(2)) / extent.repeat(2) * side
         inside = ((boxes[:, :2] > -1e-4) & (boxes[:, 2:] < side + 1e-4)).all(-1).nonzero()[:, 0]
         left, top, right, bottom = boxes[inside].unbind(-1)
         return PatchGroup(
             _coverage(top, bottom, side).to(self.device),
             _coverage(left, right, side).to(self.device),
-            self._patches[view][inside.to(self.device)].float(),
+            self._patches[span][inside].to(self.device).float(),
         )
 
 
