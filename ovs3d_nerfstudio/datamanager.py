@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
+from nerfstudio.data.utils.data_utils import get_image_mask_tensor_from_path
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
@@ -20,11 +23,26 @@ from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, defa
 from ovs3d_nerfstudio.features.teachers import Teachers, Windows
 
 
+class MaskedPixelSampler(PixelSampler):
+    """nerfstudio's, but that it can sample within the mask of one picture too: so it samples pictures of different sizes."""
+
+    def rejection_sample_mask(
+        self, mask: Tensor, num_samples: int, num_images: int, *size: Any, **options: Any
+    ) -> Tensor:
+        # nerfstudio 1.1.5 squeezes a lone picture's axis away, and then wants to index it.
+        several = mask.expand(max(2, len(mask)), -1, -1, -1)
+        indices = super().rejection_sample_mask(several, num_samples, num_images, *size, **options)
+        indices[:, 0] %= num_images
+        return indices
+
+
 @dataclass
 class OVS3DDataManagerConfig(VanillaDataManagerConfig):
     """Rays as nerfstudio draws them, and the teachers and windows of the semantic losses."""
 
     _target: type = field(default_factory=lambda: OVS3DDataManager)
+    pixel_sampler: PixelSamplerConfig = field(default_factory=lambda: PixelSamplerConfig(_target=MaskedPixelSampler))
+    """How rays are drawn from the photos; never where a mask ignores them."""
     scales: tuple[float, ...] = (5.0, 7.0, 10.0)
     """Patches along the shorter side of a picture, one number a scale of the CLIP pyramid (3D-OVS: 5, 7, 10)."""
     clip_features: ClipFeatures = "patches"
@@ -42,6 +60,8 @@ class OVS3DDataManagerConfig(VanillaDataManagerConfig):
 
 class OVS3DDataManager(VanillaDataManager):
     """A VanillaDataManager that can also say what the cached features teach about its rays.
+
+    Pixels that a view's mask (`mask_path`) ignores are no rays, and teach nothing in the semantic losses.
 
     Nothing is extracted before `extract_features` is called: a viewer or a render never needs features.
     """
@@ -70,7 +90,9 @@ class OVS3DDataManager(VanillaDataManager):
 
     def teach(self, views: CachedViews, basis: Basis) -> Teachers:
         """Hold the features of `views` as coefficients of `basis` for the steps to come."""
-        self.teachers = Teachers(views, basis, self.device)
+        files = self.train_dataparser_outputs.mask_filenames
+        masks = (get_image_mask_tensor_from_path(file)[..., 0] for file in files) if files else None
+        self.teachers = Teachers(views, basis, self.device, masks)
         cameras = self.train_dataset.cameras
         self._sizes = torch.cat([cameras.height, cameras.width], -1).cpu()
         return self.teachers

@@ -305,7 +305,7 @@ class OVS3DModel(NerfactoModel):
             log_p = (scores / self.fda_temperature()).log_softmax(-1).view(*tokens.shape[:2], -1)
             pairs = losses.sample_pairs(len(tokens), tokens.shape[1], config.fda_pairs, tokens.device)
             positive, negative = losses.fda_loss(
-                log_p, tokens, pairs, config.fda_shift, config.fda_divergence, config.fda_rebalance
+                log_p, tokens, pairs, windows.seen, config.fda_shift, config.fda_divergence, config.fda_rebalance
             )
             result["fda_positive_loss"] = config.fda_positive_mult * positive
             result["fda_negative_loss"] = config.fda_negative_mult * negative

@@ -136,12 +136,11 @@ class OVS3DPipeline(VanillaPipeline):
                 f"Features: {basis.vectors.shape[1]} of {basis.vectors.shape[0]} dimensions hold {basis.energy:.1%} of the scene."
             )
         teachers = self.datamanager.teach(views, basis)
-        chosen = torch.randperm(len(teachers.cells))[:SAMPLE_CELLS]
         segmenter.configure(
             self.chosen_prompts,
             text,
             basis.vectors,
-            teachers.cells[chosen],
+            teachers.sample(SAMPLE_CELLS),
             config.image_text_encoder,
             encoder.fingerprint,
         )

@@ -202,6 +202,43 @@ def test_relevancies_are_stretched_by_the_range_over_the_pixels_of_a_view(pictur
         assert torch.allclose(teachers.ranges[view], torch.stack([z.amin(0), z.amax(0)], 1), atol=1e-6)
 
 
+def test_what_a_mask_ignores_teaches_nothing(pictures, tmp_path):
+    views, _ = run(pictures, tmp_path / "cache", scales=(4.0,))
+    basis, _ = fit_basis(views, torch.zeros(0, 16), 0, 1)
+    seen = [torch.ones(size, dtype=torch.bool) for size in views.sizes]
+    width = views.sizes[0][1]
+    seen[0][:, : width // 2] = False
+    seen[1][:] = False
+    whole, masked = Teachers(views, basis, "cpu"), Teachers(views, basis, "cpu", seen)
+    ((grid,), (boxes,), (patches,)) = views.grids(0), views.boxes(0), views.patches(0)
+    corners = (corner.round().int().tolist() for corner in boxes)
+    shares = [seen[0][top:bottom, left:right].float().mean() for left, top, right, bottom in corners]
+    expected = F.normalize(grid.cells(torch.stack(shares)[:, None] * patches.float()), dim=-1) @ basis.vectors
+    count = grid.num_cells
+    assert torch.allclose(masked.cells[:count].float(), expected, atol=2e-3)
+    # Where no patch shows anything ignored, all is as it was; where all is ignored, nothing is left.
+    known = masked.cells[:count].any(-1).view(grid.rows, grid.cols)
+    assert not known[:, 0].any() and known[:, grid.cols // 2 :].all()
+    assert torch.equal(
+        masked.cells[:count].view(grid.rows, grid.cols, -1)[:, -1],
+        whole.cells[:count].view(grid.rows, grid.cols, -1)[:, -1],
+    )
+    assert not masked.cells[count : count + views.grids(1)[0].num_cells].any()
+    assert masked.sample(10**6).any(-1).all() and len(whole.sample(7)) == 7
+    prompts = basis.vectors.T[:, :2]
+    masked.measure_ranges(prompts)
+    similarities = expected[known.flatten()] @ prompts
+    assert torch.allclose(masked.ranges[0, 0], torch.stack([similarities.amin(0), similarities.amax(0)]), atol=2e-3)
+    assert not masked.ranges[1].any()
+    windows = masked.windows(20, 8, torch.tensor(views.sizes), torch.Generator().manual_seed(4))
+    for pixels, inside, group in zip(windows.indices.view(20, 64, 3), windows.seen, windows.patches, strict=True):
+        view = int(pixels[0, 0])
+        assert torch.equal(inside, seen[view][pixels[:, 1], pixels[:, 2]])
+        # Every patch that is left shows seen pixels nearly everywhere.
+        covered = torch.einsum("pi,pj,ij->p", group.rows, group.cols, inside.float().view(8, 8))
+        assert (covered > 0.75).all() and (view != 1 or not len(group.rows))
+
+
 def test_compacted_tokens_keep_their_cosines():
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randn(9, 7, 6, generator=generator) @ torch.randn(6, 40, generator=generator)

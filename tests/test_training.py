@@ -48,6 +48,8 @@ def pipeline(data: Path, test_mode="val", model=(), **settings) -> OVS3DPipeline
     config.model.semantics_start, config.model.fda_start = 1, 2
     for name, value in {**dict(model)}.items():
         setattr(config.model, name, value)
+    if "dataparser" in settings:
+        config.datamanager.dataparser = settings.pop("dataparser")
     for name, value in settings.items():
         setattr(config, name, value)
     return config.setup(device="cpu", test_mode=test_mode)

@@ -41,4 +41,6 @@ class DiskRows:
     def mapped(self, width: int) -> Tensor:
         """All rows, n × `width`, on the CPU; nothing may be appended any more."""
         with self._file as file:
+            if not file.tell():
+                return torch.zeros(0, width, dtype=torch.from_numpy(np.empty(0, self._dtype)).dtype)
             return torch.from_numpy(np.memmap(file, self._dtype, "c").reshape(-1, width))

@@ -2,21 +2,28 @@
 
 For a pixel: the pyramid cell of each scale it lies in. For a window (a block of tokens of one view): its tokens and the
 patches that lie inside it, with what averages the window's rays over each patch.
+
+A view may have a mask of ignored pixels. A patch then weighs in its cells by the share of it that is seen; patches that are
+not mostly seen, and pairs of tokens with an ignored one, teach nothing in windows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ovs3d_nerfstudio.features.basis import Basis
 from ovs3d_nerfstudio.features.extraction import CachedViews
 from ovs3d_nerfstudio.features.rows import DiskRows
+
+MOSTLY = 0.9
+"""Share of a patch that must be seen, not ignored, for the patch to teach in a window."""
 
 
 @dataclass
@@ -36,6 +43,8 @@ class Windows:
     """View, pixel row, pixel column of each ray, window by window, row by row; n = W·T·T."""
     tokens: Float[Tensor, "W TT E"]
     """The token that each ray lies in."""
+    seen: Bool[Tensor, "W TT"]
+    """Whether each ray's pixel counts; the others are ignored by the view's mask."""
     patches: list[PatchGroup]
     """One group a window."""
     side: int
@@ -48,29 +57,52 @@ class Teachers:
     They are memory-mapped, and looked up on the CPU: neither its memory nor the device's grows with the views.
     """
 
-    def __init__(self, views: CachedViews, basis: Basis, device: torch.device | str):
-        """`device` is where answers go. Raises CacheError when the disk is full."""
+    def __init__(
+        self,
+        views: CachedViews,
+        basis: Basis,
+        device: torch.device | str,
+        masks: Iterable[Bool[Tensor, "h w"]] | None = None,
+    ):
+        """`device` is where answers go. `masks` are true where a pixel counts, one a view, of any size; without them all
+        do. Raises CacheError when the disk is full."""
         self.views = views
         self.device = torch.device(device)
         folder, dim = views.pyramid.folder, basis.vectors.shape[1]
         cells, patches = DiskRows(folder, torch.half), DiskRows(folder, torch.half)
         boxes = DiskRows(folder, torch.float32)
+        seen = DiskRows(folder, torch.bool) if masks is not None else None
+        self._mask_sizes: list[torch.Size] = []
         tables, ends, start = [], [0], 0
+        remaining = iter(masks or ())
         for view in range(len(views.keys)):
             height, width = views.sizes[view]
             embedded = [scale.float() for scale in views.patches(view)]
-            for grid, scale in zip(views.grids(view), embedded, strict=True):
-                cells.append(basis.project(F.normalize(grid.cells(scale), dim=-1)).half())
+            places = [scale / torch.tensor([width, height, width, height]) for scale in views.boxes(view)]
+            if seen is None:
+                shares = [torch.ones(len(scale)) for scale in places]
+            else:
+                mask = next(remaining)
+                shares = [seen_shares(mask, scale) for scale in places]
+                seen.append(mask.reshape(-1, 1))
+                self._mask_sizes.append(mask.shape)
+            for grid, scale, share in zip(views.grids(view), embedded, shares, strict=True):
+                cells.append(basis.project(F.normalize(grid.cells(share[:, None] * scale), dim=-1)).half())
                 tables.append([grid.rows, grid.cols, start])
                 start += grid.num_cells
-            patches.append(basis.project(torch.cat(embedded)).half())
-            boxes.append(torch.cat(views.boxes(view)) / torch.tensor([width, height, width, height]))
-            ends.append(ends[-1] + sum(map(len, embedded)))
+            mostly = torch.cat(shares) >= MOSTLY
+            patches.append(basis.project(torch.cat(embedded)[mostly]).half())
+            boxes.append(torch.cat(places)[mostly])
+            ends.append(ends[-1] + int(mostly.sum()))
         self.cells = cells.mapped(dim)
-        """All cells, n×K half precision on the CPU: view by view, scale by scale, row by row."""
-        # Patches: coefficients, boxes as shares of the picture, and which of both are a view's.
+        """All cells, n×K half precision on the CPU: view by view, scale by scale, row by row; 0 where a mask ignores all of
+        what would be their patches."""
+        # Patches that are mostly seen: coefficients, boxes as shares of the picture, and which of both are a view's.
         self._patches, self._boxes = patches.mapped(dim), boxes.mapped(4)
         self._patches_of = [slice(*span) for span in pairwise(ends)]
+        # Masks, pixel by pixel, and where each view's begins.
+        self._seen = seen.mapped(1)[:, 0] if seen is not None else None
+        self._mask_starts = list(accumulate((size.numel() for size in self._mask_sizes), initial=0))
         # Rows and columns of cells, first cell of each view and scale.
         self._grid = torch.tensor(tables).reshape(len(views.keys), len(views.scales), 3)
         self._tokens = [views.token_grid(view) for view in range(len(views.keys))]
@@ -87,9 +119,16 @@ class Teachers:
         rows, cols, first = self._grid.reshape(-1, 3).unbind(-1)
         prompts, ranges = prompts.cpu(), []
         for start, count in zip(first.tolist(), (rows * cols).tolist(), strict=True):
-            similarities = F.normalize(self.cells[start : start + count].float(), dim=-1) @ prompts
-            ranges.append(torch.stack([similarities.amin(0), similarities.amax(0)]))
+            cells = self.cells[start : start + count]
+            similarities = F.normalize(cells[cells.any(-1)].float(), dim=-1) @ prompts
+            none = prompts.new_zeros(2, prompts.shape[1])
+            ranges.append(torch.stack([similarities.amin(0), similarities.amax(0)]) if len(similarities) else none)
         self.ranges = torch.stack(ranges).view(*self._grid.shape[:2], 2, -1).to(self.device)
+
+    def sample(self, count: int) -> Float[Tensor, "n K"]:
+        """Up to `count` cells at random, without those that are ignored."""
+        cells = self.cells[torch.randperm(len(self.cells))[:count]]
+        return cells[cells.any(-1)]
 
     def at(self, view: Int[Tensor, " R"], y: Float[Tensor, " R"], x: Float[Tensor, " R"]) -> Float[Tensor, "R S K"]:
         """Coefficients of the cell of each scale that holds a pixel; `y`, `x` in [0, 1) of the picture's height, width.
@@ -119,7 +158,7 @@ class Teachers:
         rays = side * rays_a_token
         corner = torch.stack(torch.meshgrid(torch.arange(rays), torch.arange(rays), indexing="ij"), -1).reshape(-1, 2)
         token = corner // rays_a_token @ torch.tensor([side, 1])
-        indices, tokens, patches = [], [], []
+        indices, tokens, seen, patches = [], [], [], []
         for view in torch.randint(len(self._tokens), (count,), generator=generator).tolist():
             grid = self._tokens[view]
             h, w = grid.shape[:2]
@@ -130,15 +169,25 @@ class Teachers:
             place = (jittered + torch.tensor([top, left])) / torch.tensor([h, w])
             pixel = (place * sizes[view]).long().minimum(sizes[view] - 1)
             indices.append(torch.cat([torch.full((rays * rays, 1), view), pixel], 1))
+            seen.append(self._seen_at(view, place))
             patches.append(
                 self._patches_inside(view, torch.tensor([left / w, top / h]), torch.tensor([side / w, side / h]), rays)
             )
         return Windows(
             torch.cat(indices).to(self.device),
             torch.stack(tokens).to(self.device, torch.float32),
+            torch.stack(seen).to(self.device),
             patches,
             rays,
         )
+
+    def _seen_at(self, view: int, place: Float[Tensor, "n 2"]) -> Bool[Tensor, " n"]:
+        """Whether the pixels at these shares (y, x) of a view's height and width count."""
+        if self._seen is None:
+            return torch.ones(len(place), dtype=torch.bool)
+        size = torch.tensor(self._mask_sizes[view])
+        row, col = (place * size).long().minimum(size - 1).unbind(-1)
+        return self._seen[self._mask_starts[view] + row * size[1] + col]
 
     def _patches_inside(
         self, view: int, corner: Float[Tensor, "2"], extent: Float[Tensor, "2"], side: int
@@ -153,6 +202,16 @@ class Teachers:
             _coverage(left, right, side).to(self.device),
             self._patches[span][inside].to(self.device).float(),
         )
+
+
+def seen_shares(mask: Bool[Tensor, "h w"], boxes: Float[Tensor, "P 4"]) -> Float[Tensor, " P"]:
+    """The share of each box's pixels that are true; boxes are left, top, right, bottom as shares of the picture."""
+    height, width = mask.shape
+    left, top, right, bottom = (boxes * torch.tensor([width, height, width, height])).round().long().unbind(-1)
+    right, bottom = right.maximum(left + 1), bottom.maximum(top + 1)
+    total = F.pad(mask.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
+    inside = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
+    return (inside / ((right - left) * (bottom - top))).float()
 
 
 def _coverage(low: Float[Tensor, " P"], high: Float[Tensor, " P"], side: int) -> Float[Tensor, "P T"]:
