@@ -9,6 +9,7 @@ import open3d
 import pytest
 import torch
 import trimesh
+from conftest import command
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.scripts.exporter import ExportGaussianSplat
 from plyfile import PlyData
@@ -88,10 +89,20 @@ def test_ply_files_are_read_by_others(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_point_cloud_lies_in_the_data_and_carries_the_runs_labels(trained, scene, tmp_path, ovs3d):
-    words = ["export", "pointcloud", "--load-config", trained[0], "--output-dir", tmp_path, "--num-points", 3000]
-    status, printed = ovs3d(*words, "--num-rays-per-batch", 1024, "--file-a-class", "--farthest", 0)
-    assert status == 0 and "objects" in printed
+def test_a_point_cloud_lies_in_the_data_and_carries_the_runs_labels(trained, scene, tmp_path):
+    words = [
+        "ovs3d",
+        "export",
+        "pointcloud",
+        "--load-config",
+        trained[0],
+        "--output-dir",
+        tmp_path,
+        "--num-points",
+        3000,
+    ]
+    words += ["--num-rays-per-batch", 1024, "--file-a-class", "--farthest", 0]
+    assert "objects" in command(*words, cwd=tmp_path).stdout
     cloud = open3d.t.io.read_point_cloud(str(tmp_path / "point_cloud.ply"))
     vertices = PlyData.read(str(tmp_path / "point_cloud.ply"))["vertex"].data
     assert 1000 < len(cloud.point.positions) == len(vertices) <= 3000
@@ -130,15 +141,14 @@ def test_points_have_the_labels_of_their_pixels(trained, ovs3d):
 
 
 @pytest.mark.slow
-def test_a_mesh_carries_the_labels_of_its_places(trained, tmp_path, ovs3d):
+def test_a_mesh_carries_the_labels_of_its_places(trained, tmp_path):
     from ovs3d_nerfstudio.cli.common import open_run
     from ovs3d_nerfstudio.cli.points import label_positions
 
     ball = open3d.geometry.TriangleMesh.create_sphere(0.4, 12)
     open3d.io.write_triangle_mesh(str(tmp_path / "ball.ply"), ball)
     words = ["--load-config", trained[0], "--output-dir", tmp_path / "out", "--prompts", "books; cat; espresso"]
-    status, _ = ovs3d("export", "mesh", *words, "--mesh", tmp_path / "ball.ply")
-    assert status == 0
+    command("ovs3d", "export", "mesh", *words, "--mesh", tmp_path / "ball.ply", cwd=tmp_path)
     mesh = trimesh.load(tmp_path / "out" / "mesh.ply", process=False)
     vertices = PlyData.read(str(tmp_path / "out" / "mesh.ply"))["vertex"].data
     assert len(mesh.faces) == len(ball.triangles) and mesh.is_watertight and mesh.volume > 0
@@ -185,14 +195,13 @@ def splat(trained, scene, tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_gaussians_of_splatfacto_carry_the_labels_of_their_places(trained, splat, tmp_path, ovs3d):
+def test_gaussians_of_splatfacto_carry_the_labels_of_their_places(trained, splat, tmp_path):
     from ovs3d_nerfstudio.cli.common import open_run
     from ovs3d_nerfstudio.cli.points import label_positions
 
     path, theirs = splat
-    words = ["export", "splat", "--load-config", trained[0], "--output-dir", tmp_path, "--splat", path]
-    status, _ = ovs3d(*words, "--splat-config", theirs)
-    assert status == 0
+    words = ["ovs3d", "export", "splat", "--load-config", trained[0], "--output-dir", tmp_path, "--splat", path]
+    command(*words, "--splat-config", theirs, cwd=tmp_path)
     before, after = (PlyData.read(str(file))["vertex"].data for file in (path, tmp_path / "splat.ply"))
     assert len(before) == len(after) == 2000 and {"f_dc_0", "f_rest_44", "opacity", "rot_3"} <= set(before.dtype.names)
     assert list(after.dtype.names) == [*before.dtype.names, "class_id", "probability"]

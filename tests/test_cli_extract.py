@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import command
 from PIL import Image
 
 from ovs3d_nerfstudio.cli import demo
@@ -20,8 +21,8 @@ def three(scene, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_extract_fills_the_cache_and_resumes_it(three, ovs3d):
     words = ["extract", "--data", three, "--method", "ovs3d-lite", "--scales", 3, 4]
-    status, printed = ovs3d(*words)
-    assert status == 0 and "0 of 8 views are cached" in printed and "MB a view" in printed
+    printed = command("ovs3d", *words, cwd=three).stdout
+    assert "0 of 8 views are cached" in printed and "MB a view" in printed
     files = sorted((three / ".ovs3d-cache").glob("*/*.safetensors"))
     assert len(files) == 16
     files[0].unlink()
@@ -57,6 +58,13 @@ def test_extract_names_the_picture_that_cannot_be_used(three, ovs3d, tmp_path):
     Image.new("RGB", (4, 3)).save(broken)
     status, printed = ovs3d("extract", "--data", scene, "--method", "ovs3d-lite", "--scales", 3)
     assert status == 1 and "too small" in printed
+
+
+@pytest.mark.slow
+def test_the_command_is_installed_and_explains_itself(tmp_path):
+    assert "--no-video" in command("ovs3d", "demo", "--help", cwd=tmp_path).stdout
+    done = command("ovs3d", cwd=tmp_path, ok=False)
+    assert done.returncode == 1 and "usage: ovs3d" in done.stdout and "Traceback" not in done.stdout
 
 
 def test_demo_runs_what_it_is_told(ovs3d, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import command
 from PIL import Image
 
 from ovs3d_nerfstudio.cli.preview import hints, win_shares
@@ -43,8 +44,9 @@ def test_the_winner_is_painted_in_the_colour_of_its_prompt():
 
 
 @pytest.mark.slow
-def test_preview_shows_views_prompts_and_scales(scene, tmp_path, ovs3d):
+def test_preview_shows_views_prompts_and_scales(scene, tmp_path):
     words = [
+        "ovs3d",
         "preview",
         "--data",
         scene,
@@ -64,8 +66,7 @@ def test_preview_shows_views_prompts_and_scales(scene, tmp_path, ovs3d):
         "--prompts",
         "cat; kitten; espresso; books",
     ]
-    status, printed = ovs3d(*words)
-    assert status == 0 and "Contact sheet" in printed
+    assert "Contact sheet" in command(*words, cwd=tmp_path).stdout
     said = json.loads((tmp_path / "out" / "p.json").read_text())
     assert len(said["views"]) == 2 and abs(sum(said["shares"].values()) - 1) < 1e-6
     assert all(f"'{prompt}'" in " ".join(said["hints"]) for prompt, share in said["shares"].items() if share < 0.005)

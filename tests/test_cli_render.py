@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from conftest import command
 from PIL import Image
 
 from ovs3d_nerfstudio.annotations import Annotations
@@ -36,8 +37,9 @@ def test_two_prompts_with_one_mask_are_refused_unless_masks_are_left_out(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_rendered_split_has_labels_masks_and_pictures_that_agree(trained, tmp_path, ovs3d):
+def test_a_rendered_split_has_labels_masks_and_pictures_that_agree(trained, tmp_path):
     words = [
+        "ovs3d",
         "render",
         "dataset",
         "--load-config",
@@ -47,8 +49,7 @@ def test_a_rendered_split_has_labels_masks_and_pictures_that_agree(trained, tmp_
         "--image-format",
         "png",
     ]
-    status, _ = ovs3d(*words, "--prompts", "books; cat; space rocket; kitten")
-    assert status == 0
+    command(*words, "--prompts", "books; cat; space rocket; kitten", cwd=tmp_path)
     meaning = json.loads((tmp_path / "out" / "test" / "labels.json").read_text())
     assert [meaning[key]["prompt"] for key in meaning] == ["books", "cat", "space rocket", "kitten"]
     colors = np.array([meaning[key]["color"] for key in meaning]) / 255

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import open3d
 import pytest
+import yaml
 from conftest import command
 from PIL import Image
 
@@ -25,7 +26,11 @@ def frames(video: Path) -> list[np.ndarray]:
 
 
 def test_training_says_what_it_takes_and_makes(trained):
-    _, printed = trained
+    config, printed = trained
+    assert "Captured from the front" in printed
+    # What was chosen by the capture is the run's from then on.
+    chosen = yaml.load(config.read_text(), yaml.Loader).pipeline.model
+    assert (chosen.average_init_density, chosen.near_plane) == (0.01, 0.05)
     assert "prompts from the scene's" in printed.replace("\n", " ")
     assert "0 of 8 views are cached" in printed and "MB a view" in printed and "dimensions hold" in printed
     assert "Training Finished" in printed

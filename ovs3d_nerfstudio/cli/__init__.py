@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import cleandoc
 
 import tyro
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
     # Where a subcommand has subcommands of its own, its `Command` is a union, and the module says what they are.
-    purpose = module.Command.__doc__ if isinstance(module.Command, type) else module.__doc__
+    purpose = cleandoc((module.Command if isinstance(module.Command, type) else module).__doc__ or "")
     command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=words[1:], description=purpose)
     # Imported here: `--help` needs none of it.
     from ovs3d_nerfstudio.errors import user_errors
