@@ -321,7 +321,8 @@ class OVS3DModel(NerfactoModel):
         if math.isnan(metrics["lpips"]):
             del metrics["lpips"]
         if "segmentation" in outputs:
-            images["segmentation"] = torch.cat([batch["image"].to(self.device)[..., :3], outputs["segmentation"]], 1)
+            photo = self.renderer_rgb.blend_background(batch["image"].to(self.device))
+            images["segmentation"] = torch.cat([photo, outputs["segmentation"]], 1)
             if self.evaluator is not None:
                 labels = self.segmenter.labels_of(outputs["segmentation"])
                 self.evaluator.record(int(batch["image_idx"]), labels.cpu(), self.segmenter.prompts)

@@ -19,6 +19,7 @@ from ovs3d_nerfstudio.annotations import mask_stem
 from ovs3d_nerfstudio.cli.export import frame_of
 from ovs3d_nerfstudio.demo.raycast import Camera, _first_hits, cast, render
 from ovs3d_nerfstudio.demo.scene import demo_solids, train_cameras
+from ovs3d_nerfstudio.evaluation import rendered_views
 
 SOLIDS = demo_solids()
 NAMES = sorted({solid.name for solid in SOLIDS})
@@ -162,6 +163,11 @@ def test_transparent_pixels_are_white_to_the_encoders_and_black_to_the_colours(t
     assert np.isfinite(list(train(trained, 0, 4)[-1].values())).all()
     metrics, images = trained.eval() and trained.get_eval_image_metrics_and_images(0)
     assert 0 <= metrics["miou"] <= 1 and images["segmentation"].shape == (48, 128, 3)
+    black = trained.model.renderer_rgb.blend_background(trained.datamanager.eval_dataset.get_image_float32(0))
+    (view,) = rendered_views(trained, "test")[1]
+    transparent = view.truth == NAMES.index("books")
+    assert transparent.any() and not view.photo[transparent].any()
+    assert torch.equal(images["segmentation"][:, :64], black)
 
 
 @pytest.mark.parametrize("sizes", [((64, 48),), ((64, 48), (48, 64))], ids=["one size", "sizes"])
