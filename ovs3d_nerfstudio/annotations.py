@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from PIL import Image
 
-from ovs3d_nerfstudio.pictures import list_pictures
+from ovs3d_nerfstudio.pictures import PictureError, list_pictures, open_picture
 from ovs3d_nerfstudio.prompts import (
     CLASSES_FILE,
     PromptError,
@@ -154,17 +154,17 @@ def _list_masks(folder: Path, class_of: dict[str, int]) -> dict[int, Path]:
 
 def _read_mask(path: Path, height: int, width: int) -> Bool[np.ndarray, "height width"]:
     try:
-        with Image.open(path) as picture:
-            # 16 bits a pixel: PIL would clip them at 255 instead of scaling them down.
-            deep = picture.mode.startswith("I")
-            mask = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8)) if deep else picture.convert("L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise AnnotationError(f"The mask {path} cannot be read ({error}); write it again as PNG.") from None
+        picture = open_picture(path)
+    except PictureError as error:
+        raise AnnotationError(f"The mask {error}") from None
+    if picture.mode == "RGBA":  # what is not there is not white
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+    mask = picture.convert("L")
     if mask.getextrema()[1] == 1:
         raise AnnotationError(f"The mask {path} holds 0 and 1 only, all but black; write white as 255.")
     if abs(height * mask.width / mask.height - width) > 0.1 * width + 1:
         raise AnnotationError(
             f"The mask {path} is {mask.width} by {mask.height} pixels, of another shape than its photo "
-            f"({width} by {height}); is it of that photo, and turned as it is?"
+            f"({width} by {height}); give the mask of that photo, turned as it is."
         )
     return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)) >= 128

@@ -17,10 +17,12 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ovs3d_nerfstudio.capture import capture_of
+from ovs3d_nerfstudio.dataset import OVS3DDataset
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
 from ovs3d_nerfstudio.features.basis import Basis
-from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, default_cache_dir, extract
+from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, checked_sizes, default_cache_dir, extract
 from ovs3d_nerfstudio.features.teachers import Teachers, Windows
+from ovs3d_nerfstudio.scene_checks import check_cameras, check_pictures, readable_scene
 
 
 class MaskedPixelSampler(PixelSampler):
@@ -58,7 +60,7 @@ class OVS3DDataManagerConfig(VanillaDataManagerConfig):
     """Rays along the side of a token of a window: more see a patch's average with less noise (3D-OVS: 1)."""
 
 
-class OVS3DDataManager(VanillaDataManager):
+class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
     """A VanillaDataManager that can also say what the cached features teach about its rays.
 
     Pixels that a view's mask (`mask_path`) ignores are no rays, and teach nothing in the semantic losses.
@@ -69,10 +71,29 @@ class OVS3DDataManager(VanillaDataManager):
     config: OVS3DDataManagerConfig
     teachers: Teachers | None = None
 
-    def create_train_dataset(self) -> InputDataset:
-        dataset = super().create_train_dataset()
+    def __init__(self, config: OVS3DDataManagerConfig, *args: Any, **kwargs: Any):
+        """Raises SceneError or PictureError for data that cannot be used."""
+        with readable_scene(config.dataparser, Path(config.data or config.dataparser.data)):
+            super().__init__(config, *args, **kwargs)
+
+    def create_train_dataset(self) -> OVS3DDataset:
+        """The training photos, whose cameras and headers have been looked at."""
+        check_cameras(self.train_dataparser_outputs.cameras, str(self.config.data))
+        dataset = self._checked(super().create_train_dataset())
+        if self.test_mode == "val":
+            checked_sizes(dataset.image_filenames, self.config.scales)
         # nerfstudio's way from the data to a model.
         dataset.metadata["capture"] = capture_of(dataset.cameras.camera_to_worlds)
+        return dataset
+
+    def create_eval_dataset(self) -> OVS3DDataset:
+        """The held-out photos, likewise."""
+        return self._checked(super().create_eval_dataset())
+
+    def _checked(self, dataset: OVS3DDataset) -> OVS3DDataset:
+        if self.test_mode != "inference":  # where there may be no pictures
+            parsed = dataset._dataparser_outputs
+            check_pictures(dataset.image_filenames, dataset.headers, parsed.cameras, parsed.mask_filenames)
         return dataset
 
     def extract_features(self, image_text_encoder: ImageTextEncoder, token_encoder: TokenEncoder) -> CachedViews:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from ovs3d_nerfstudio.annotations import Annotations
 from ovs3d_nerfstudio.errors import CommandError, user_errors
 from ovs3d_nerfstudio.features.cache import written_beside
+from ovs3d_nerfstudio.option_checks import POSITIVE, SIZE, check_fields
 from ovs3d_nerfstudio.pictures import SUFFIXES, list_pictures, picture_size
 from ovs3d_nerfstudio.prompts import find_classes_file
 
@@ -73,6 +75,7 @@ class OVS3DDataParser(DataParser):
 
     def _read(self, split: str) -> DataparserOutputs:
         config = self.config
+        check_fields("--", config, {"downscale_factor": SIZE, "scale_factor": POSITIVE, "scene_scale": POSITIVE})
         root = config.data.parent if config.data.is_file() else config.data
         photos = list_photos(root / "images")
         poses, sizes, focals = read_poses_bounds(root / "poses_bounds.npy", len(photos))
@@ -83,7 +86,8 @@ class OVS3DDataParser(DataParser):
             chosen = np.flatnonzero(~evaluated)
         if not len(chosen):
             raise CommandError(
-                f"Every photo of {root} is annotated, so the held-out protocol leaves none to train on; choose --protocol paper."
+                f"All {len(photos)} photos of {root} are evaluated, so the held-out protocol leaves none to train on; choose "
+                "--protocol paper, or add photos."
             )
         oriented, transform = camera_utils.auto_orient_and_center_poses(
             poses, method=config.orientation_method, center_method=config.center_method
@@ -137,20 +141,30 @@ def read_poses_bounds(
 
     Raises CommandError when the file is missing, no such array, or not of `count` photos.
     """
+    again = "write it again with LLFF's imgs2poses"
     try:
         rows = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise CommandError(
             f"{path} does not exist; a scene of ovs3d-data needs it, nerfstudio-data does not."
         ) from None
-    except ValueError as error:
-        raise CommandError(f"{path} is no array of numbers ({error}); write it again with LLFF's imgs2poses.") from None
-    if rows.ndim != 2 or rows.shape[1] != 17 or not np.isfinite(rows).all():
-        raise CommandError(f"{path} is an array of {rows.shape}; it must be of 17 finite numbers a photo.")
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise CommandError(f"{path} is no array of numbers ({error}); {again}.") from None
+    if not isinstance(rows, np.ndarray):
+        raise CommandError(f"{path} is no array of numbers but an archive of {', '.join(rows)}; {again}.")
+    numbers = rows.dtype.kind in "iuf" and np.isfinite(rows).all()
+    if rows.ndim != 2 or rows.shape[1] != 17 or not numbers:
+        raise CommandError(f"{path} is an array of {rows.shape}; it must be of 17 finite numbers a photo; {again}.")
     if len(rows) != count:
         raise CommandError(f"{path} has {len(rows)} cameras, but there are {count} photos; remove what has no partner.")
     table = torch.from_numpy(rows[:, :15].astype(np.float32)).view(-1, 3, 5)
     down, right, back, origin, intrinsics = table.unbind(-1)
+    broken = (torch.linalg.det(table[..., :3]).abs() < 1e-6) | (intrinsics <= 0).any(-1)
+    if broken.any():
+        raise CommandError(
+            f"{path}: camera {int(broken.nonzero()[0])}, counted from 0, has no rotation, or a size or focal length of 0 or less; "
+            f"{again}."
+        )
     poses = torch.eye(4).repeat(count, 1, 1)
     poses[:, :3] = torch.stack([right, -down, back, origin], -1)
     return poses, intrinsics[:, [1, 0]], intrinsics[:, 2]
@@ -159,14 +173,12 @@ def read_poses_bounds(
 def downscaled(photos: list[Path], factor: int | None) -> list[Path]:
     """The photos `factor` times smaller, made in `images_<factor>` beside their folder where they are not there yet.
 
-    Raises CommandError for a factor below 1, PictureError for a photo that cannot be read.
+    Raises PictureError for a photo that cannot be read.
     """
     if factor is None:
         factor, side = 1, max(picture_size(photos[0]))
         while side / factor > MAX_SIDE:
             factor *= 2
-    if factor < 1:
-        raise CommandError(f"--downscale-factor {factor} is not possible; give 1 or more.")
     if factor == 1:
         return photos
     folder = photos[0].parent.with_name(f"{photos[0].parent.name}_{factor}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,8 +14,10 @@ from ovs3d_nerfstudio.anomaly import AnomalyError
 from ovs3d_nerfstudio.demo.scene import DemoError
 from ovs3d_nerfstudio.encoders.base import EncoderError
 from ovs3d_nerfstudio.features.cache import CacheError
+from ovs3d_nerfstudio.option_checks import OptionError
 from ovs3d_nerfstudio.pictures import PictureError
 from ovs3d_nerfstudio.prompts import PromptError
+from ovs3d_nerfstudio.scene_checks import SceneError
 
 
 class CommandError(ValueError):
@@ -28,6 +31,8 @@ def user_errors() -> Iterator[None]:
         yield
     except (
         CommandError,
+        OptionError,
+        SceneError,
         PromptError,
         AnnotationError,
         AnomalyError,
@@ -40,6 +45,11 @@ def user_errors() -> Iterator[None]:
         CONSOLE.print(f"[bold red]Error:[/bold red] {escape(str(error))}")
         raise SystemExit(1) from None
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a write that fails names no file
+            CONSOLE.print(
+                f"[bold red]Error:[/bold red] There is no room to write ({escape(error.strerror or '')}); make room, or write elsewhere."
+            )
+            raise SystemExit(1) from None
         if error.filename is None:
             raise
         CONSOLE.quiet = False

@@ -38,6 +38,12 @@ class Evaluator:
             return None
         return Evaluator(Annotations(data, scene), [path.stem for path in split])
 
+    def check(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Reads every mask once, `sizes` being height and width of each view. Raises AnnotationError now rather than at the
+        first evaluation, thousands of steps into a training."""
+        for index, (height, width) in enumerate(sizes):
+            self.truth(index, height, width)
+
     def truth(self, image_idx: int, height: int, width: int) -> Int[np.ndarray, "H W"] | None:
         """Class of each pixel, -1 where there is none; None when the view is not annotated."""
         view = self.views[image_idx]

@@ -1,7 +1,8 @@
-"""Picture files: which there are, how large they are, and their pixels."""
+"""Picture files: which there are, what their headers say, and their pixels."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,55 @@ class PictureError(ValueError):
     """A picture cannot be used; the message is a sentence for the user."""
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a picture file says of itself."""
+
+    width: int
+    height: int
+    """In pixels."""
+    mode: str
+    """Pillow's name for what a pixel is: RGB, L, CMYK…"""
+    alpha: bool
+    """Whether parts may be transparent."""
+    remark: str
+    """What is lost of such a picture, to be said after its name; empty where nothing is."""
+
+
 def list_pictures(folder: Path) -> list[Path]:
     """The pictures of a folder, sorted by name; none where there is no folder."""
     return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone. Raises PictureError when the file is no picture."""
+def picture_header(path: Path) -> Header:
+    """The header alone, no pixel is read. Raises PictureError when the file is no picture."""
     try:
         with Image.open(path) as picture:
-            return picture.size
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+            return Header(*picture.size, picture.mode, _transparent(picture), _remark(picture))
+    except Exception as error:  # decoders let out whatever a broken file provokes
+        raise _unreadable(path, error) from error
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the header alone. Raises PictureError when the file is no picture."""
+    header = picture_header(path)
+    return header.width, header.height
+
+
+def open_picture(path: Path, alpha: bool = False) -> Image.Image:
+    """A picture of any kind in 8 bits: RGB, or RGBA where it may be transparent or where `alpha` asks for it.
+
+    Of 16 bits the upper eight are kept, of several frames the first. Raises PictureError when the file is no picture, or
+    has pixels that no photo has.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            if picture.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, not of 8 or 16 bits")
+            mode = "RGBA" if alpha or _transparent(picture) else "RGB"
+            return (_eight_bits(picture) if picture.mode.startswith("I") else picture).convert(mode)
+    except Exception as error:  # decoders let out whatever a broken file provokes
         raise _unreadable(path, error) from error
 
 
@@ -36,15 +75,37 @@ def read_picture(path: Path) -> UInt8[Tensor, "H W 3"]:
 
     Raises PictureError when the file is no picture.
     """
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = file
-            if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
-                image = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file.convert("RGBA"))
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    picture = open_picture(path)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return torch.from_numpy(np.array(picture))
+
+
+def _transparent(picture: Image.Image) -> bool:
+    return picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Greys of 16 bits, which Pillow would cut off at 255."""
+    values = np.asarray(picture)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("its pixels have more than 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _remark(picture: Image.Image) -> str:
+    if picture.mode == "CMYK":
+        return "are in CMYK: their colours are turned into RGB without a profile"
+    # A phone keeps previews and depth in further frames of a photo (MPO): the first is the photo.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        return "have several frames: the first of each is used"
+    return ""
 
 
 def _unreadable(path: Path, error: Exception) -> PictureError:
-    return PictureError(f"{path} cannot be read as a picture ({error}); replace it or take it out of the data.")
+    if isinstance(error, FileNotFoundError):
+        return PictureError(f"The picture {path} does not exist; put it there or take it out of the data.")
+    said = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        said = "it is empty" if path.stat().st_size == 0 else "of no known kind"
+    return PictureError(f"{path} cannot be read as a picture ({said}); replace it or take it out of the data.")

@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.anomaly import LossGuard
 from ovs3d_nerfstudio.datamanager import OVS3DDataManager, OVS3DDataManagerConfig
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
-from ovs3d_nerfstudio.errors import user_errors
+from ovs3d_nerfstudio.encoders.base import image_text_encoder, reason, token_encoder
+from ovs3d_nerfstudio.errors import CommandError, user_errors
 from ovs3d_nerfstudio.evaluation import Evaluator
 from ovs3d_nerfstudio.features.basis import Basis, fit_basis
 from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
+from ovs3d_nerfstudio.option_checks import check_device, check_options
 from ovs3d_nerfstudio.palette import save_legend
 from ovs3d_nerfstudio.prompts import choose_prompts
 
@@ -72,6 +73,9 @@ class OVS3DPipeline(VanillaPipeline):
         local_rank: int = 0,
         grad_scaler: Any = None,
     ):
+        with user_errors():
+            check_options(config)
+            check_device("--machine.device-type", str(device))
         config.model.num_scales = len(config.datamanager.scales)
         start = config.model.average_init_density, config.model.near_plane
         # As if alone: nerfstudio would wrap the model for gradients to be averaged right away, when its parameters do not
@@ -90,7 +94,10 @@ class OVS3DPipeline(VanillaPipeline):
                 CONSOLE.print(escape(origin))
                 if None in start:
                     CONSOLE.print(self._how_captured())
-            self.model.evaluator = self._evaluator()
+            evaluator = self.model.evaluator = self._evaluator()
+            if test_mode == "val" and evaluator is not None:
+                cameras = self.datamanager.eval_dataset.cameras
+                evaluator.check(torch.cat([cameras.height, cameras.width], -1).tolist())
 
     def _how_captured(self) -> str:
         """What was chosen by the capture, and how to choose otherwise."""
@@ -121,6 +128,11 @@ class OVS3DPipeline(VanillaPipeline):
         """
         config, segmenter = self.config, self.model.segmenter
         encoder = image_text_encoder(config.image_text_encoder, self.device)
+        if segmenter.ready and segmenter.fingerprint != encoder.fingerprint:
+            raise CommandError(
+                f"The checkpoint was trained with {segmenter.encoder} ({segmenter.fingerprint}), but {config.image_text_encoder} "
+                f"is {encoder.fingerprint}; go on with the encoder of the run, or start a new one."
+            )
         views = self.datamanager.extract_features(encoder, token_encoder(config.token_encoder, self.device))
         text = ranks.from_first(
             lambda: encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)
@@ -156,6 +168,17 @@ class OVS3DPipeline(VanillaPipeline):
         if self.run_folder is not None and self.chosen_prompts and ranks.rank() == 0:
             save_legend(self.run_folder / "legend.png", self.chosen_prompts, segmenter.colors.cpu())
 
+    def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
+        """As nerfstudio's; a checkpoint of another version or another config ends the command with a sentence."""
+        try:
+            super().load_pipeline(loaded_state, step)
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+            with user_errors():
+                raise CommandError(
+                    f"The checkpoint of step {step} does not fit its config ({reason(error, 2)}); open it with the config.yml that "
+                    "was written beside it and the version of ovs3d_nerfstudio that trained it, or train again."
+                ) from error
+
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
@@ -190,8 +213,18 @@ class OVS3DPipeline(VanillaPipeline):
         return outputs, loss_dict, metrics_dict
 
     def get_eval_image_metrics_and_images(self, step: int):
-        metrics, images = super().get_eval_image_metrics_and_images(step)
+        with user_errors():
+            metrics, images = super().get_eval_image_metrics_and_images(step)
         return metrics | self._segmentation_metrics(), images
+
+    def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with user_errors():
+            if not len(self.datamanager.eval_dataset):
+                raise CommandError(
+                    f"No photo of {self.datamanager.config.data} is held out, so there is nothing to evaluate; split the data "
+                    "otherwise, as with nerfstudio-data --eval-mode interval at the end of the training command."
+                )
+            return super().get_average_eval_image_metrics(*args, **kwargs)
 
     def get_average_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         return super().get_average_image_metrics(*args, **kwargs) | self._segmentation_metrics()

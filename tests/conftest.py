@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bad_input import make_small_scene
 
 from ovs3d_nerfstudio.demo.scene import make_scene
 
@@ -70,6 +71,18 @@ def bare(trained, scene, tmp_path_factory) -> tuple[Path, dict]:
     site = tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(BLOCKER)
     return trained[0], {"PYTHONPATH": str(site)}
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory) -> Path:
+    """The small scene of `bad_input`, never to be changed."""
+    return make_small_scene(tmp_path_factory.mktemp("pristine") / "scene")
+
+
+@pytest.fixture
+def small(pristine, tmp_path) -> Path:
+    """A copy of the small scene, to be spoilt."""
+    return Path(shutil.copytree(pristine, tmp_path / "scene"))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -61,15 +62,20 @@ def open_run(
 
     remedy = f"name the config.yml of a run that this version of {known} trained."
     try:
-        yaml.load(load_config.read_text(), Loader=yaml.Loader)
-    except (yaml.YAMLError, AttributeError, ImportError, TypeError, UnicodeDecodeError) as error:
+        written = yaml.load(load_config.read_text(), Loader=yaml.Loader)
+    except (yaml.YAMLError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
         raise CommandError(f"{load_config} cannot be opened ({reason(error)}); {remedy}") from error
+    if not isinstance(written, TrainerConfig) or written.method_name not in all_methods:
+        what = f"a run of {written.method_name}" if isinstance(written, TrainerConfig) else "no config of a run"
+        raise CommandError(f"{load_config} is {what}; {remedy}")
     try:
         config, pipeline, checkpoint, step = eval_setup(load_config, rays_per_chunk, test_mode, update)
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise
-        raise CommandError(f"The checkpoint of {load_config} does not fit its config; {remedy}") from error
+        raise CommandError(
+            f"The last checkpoint of {load_config} is none ({reason(error)}); remove it, so that the one before it is taken."
+        ) from error
     assert isinstance(pipeline, OVS3DPipeline)
     if not pipeline.model.segmenter.ready:
         raise CommandError(f"{checkpoint} holds no features yet; train beyond the start of the semantic losses.")

@@ -9,8 +9,8 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from ovs3d_nerfstudio.cli.scenes import SceneOptions
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
-from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.extraction import extract
+from ovs3d_nerfstudio.option_checks import check_device
 
 
 @dataclass
@@ -23,13 +23,10 @@ class Command(SceneOptions):
     """Where to embed: cuda, cpu…; default: a GPU where there is one."""
 
     def main(self) -> None:
-        """Raises CommandError, EncoderError, PictureError and CacheError."""
+        """Raises CommandError, OptionError, SceneError, EncoderError, PictureError and CacheError."""
         config = self.resolved()
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.device(device)
-        except RuntimeError as error:
-            raise CommandError(f"--device {device} is no device; try cuda or cpu.") from error
+        check_device("--device", device)
         cache = config.datamanager.feature_cache_dir
         assert cache is not None, "resolved() names one"
         extract(

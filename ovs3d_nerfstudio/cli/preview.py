@@ -21,6 +21,7 @@ from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import CachedViews, extract
+from ovs3d_nerfstudio.option_checks import check_device, check_file
 from ovs3d_nerfstudio.palette import palette
 from ovs3d_nerfstudio.pictures import read_picture
 from ovs3d_nerfstudio.prompts import choose_prompts
@@ -50,9 +51,11 @@ class Command(SceneOptions):
     """Where to embed."""
 
     def main(self) -> None:
-        """Raises CommandError, PromptError, EncoderError, PictureError and CacheError."""
+        """Raises CommandError, OptionError, SceneError, PromptError, EncoderError, PictureError and CacheError."""
         if self.views < 1:
             raise CommandError(f"--views {self.views} shows nothing; give 1 or more.")
+        check_device("--device", self.device)
+        check_file("--output-path", self.output_path)
         config = self.resolved()
         pictures = self.training_pictures()
         prompts, origin = choose_prompts(self.prompts, self.prompts_file, self.data)

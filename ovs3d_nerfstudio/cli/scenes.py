@@ -13,7 +13,9 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from ovs3d_nerfstudio.cli.common import our_methods
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.extraction import ClipFeatures, default_cache_dir
+from ovs3d_nerfstudio.option_checks import check_scales
 from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
+from ovs3d_nerfstudio.scene_checks import readable_scene
 
 
 @dataclass
@@ -40,11 +42,13 @@ class SceneOptions:
     def resolved(self) -> OVS3DPipelineConfig:
         """The method's pipeline config with these options in it.
 
-        Raises CommandError for a method that is not one of ours.
+        Raises CommandError for a method that is not one of ours, OptionError for scales that cannot be.
         """
         ours = our_methods()
         if self.method not in ours:
             raise CommandError(f"--method {self.method} is none of ours; choose one of: {', '.join(ours)}.")
+        if self.scales:
+            check_scales("--scales", self.scales)
         config = copy.deepcopy(ours[self.method])
         config.image_text_encoder = self.image_text_encoder or config.image_text_encoder
         config.token_encoder = self.token_encoder or config.token_encoder
@@ -56,16 +60,9 @@ class SceneOptions:
     def training_pictures(self) -> list[Path]:
         """The training pictures of the scene, in the parser's order.
 
-        Raises CommandError when there is no such scene, or none that the parser can read.
+        Raises SceneError when there is no such scene, or none that the parser can read.
         """
-        if not self.data.exists():
-            raise CommandError(f"The scene {self.data} does not exist; name the folder that holds its data.")
         parser: DataParserConfig = self.dataparser
         parser.data = self.data
-        try:
+        with readable_scene(parser, self.data):
             return parser.setup().get_dataparser_outputs("train").image_filenames
-        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-            raise CommandError(
-                f"{type(parser).__name__} cannot read {self.data} ({str(error).strip() or type(error).__name__}); mend the "
-                "data, or name another dataparser at the end of the command."
-            ) from error

@@ -40,9 +40,10 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def reason(error: Exception) -> str:
-    """The first line of another package's message, cut to stand inside a sentence of ours."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+def reason(error: Exception, lines: int = 1) -> str:
+    """The first line or lines of another package's message, cut to stand inside a sentence of ours."""
+    given = str(error).strip().splitlines()[:lines] or [type(error).__name__]
+    line = " ".join(part.strip() for part in given).rstrip(" .:")
     return line if len(line) <= 200 else line[:200] + "…"
 
 
@@ -195,7 +196,13 @@ def _choose(group: str, spec: str, device: torch.device | str):
         raise EncoderError(
             f"There is no encoder '{name}' in the group {group}; choose one of: {', '.join(sorted(known))}."
         )
-    return known[name].load()(option, device)
+    try:
+        encoder = known[name].load()
+    except ImportError as error:
+        raise EncoderError(
+            f"The encoder '{name}' cannot be imported ({reason(error)}); install what it needs."
+        ) from error
+    return encoder(option, device)
 
 
 def image_text_encoder(spec: str, device: torch.device | str = "cpu") -> ImageTextEncoder:

@@ -93,7 +93,8 @@ def extract(
     recipe = {"encoder": fingerprint, "scales": [float(s) for s in scales]}
     pyramid = FeatureCache(cache_dir, "pyramid", recipe)
     tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint, "dims": token_encoder.kept_dims})
-    views = CachedViews([picture_key(path) for path in paths], [], tuple(scales), pyramid, tokens)
+    sizes = checked_sizes(paths, scales)
+    views = CachedViews([picture_key(path) for path in paths], sizes, tuple(scales), pyramid, tokens)
     mine = range(ranks.rank(), len(paths), ranks.count())
     with ThreadPoolExecutor() as checkers:  # checksums, at the speed of the disk
         found = checkers.map(lambda i: [store.intact(views.keys[i]) for store in (pyramid, tokens)], mine)
@@ -149,12 +150,24 @@ def extract(
             make(i, partial(read_picture, paths[i]), wait=True)
             progress.update(task, advance=1, rate=_rate(progress, task))
     ranks.wait_for_all()
-    views.sizes = [(height, width) for width, height in map(picture_size, paths)]
     megabytes = (pyramid.size(views.keys) + tokens.size(views.keys)) / 2**20
     console.print(
         f"Features: {megabytes:.1f} MB for {len(paths)} views, {megabytes / max(1, len(paths)):.2f} MB a view."
     )
     return views
+
+
+def checked_sizes(paths: Sequence[Path], scales: Sequence[float]) -> list[tuple[int, int]]:
+    """Height and width in pixels of each picture. Raises PictureError for one too small to be cut so finely."""
+    sizes = []
+    for path in paths:
+        width, height = picture_size(path)
+        try:
+            ScaleGrid.of(height, width, max(scales))
+        except ValueError as error:
+            raise PictureError(f"{path}: {error}") from None
+        sizes.append((height, width))
+    return sizes
 
 
 def embed_pyramid(
@@ -172,10 +185,7 @@ def embed_pyramid(
         features = encoder.embed_dense(picture, path).permute(2, 0, 1)
         parts = torch.tensor([features.shape[2] / width, features.shape[1] / height]).repeat(2)
     for k, scale in enumerate(scales):
-        try:
-            grid = ScaleGrid.of(height, width, scale)
-        except ValueError as error:
-            raise PictureError(f"{path}: {error}") from error
+        grid = ScaleGrid.of(height, width, scale)
         boxes = patch_boxes(grid, key, k)
         if features is None:
             embeddings = encoder.embed_boxes(picture, boxes, path)

@@ -1,0 +1,160 @@
+"""Values of our options that cannot work, told by the option's name before anything is read or built.
+
+A command line has been checked for types already; a config that was edited by hand has not, so types are looked at too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+if TYPE_CHECKING:
+    from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
+
+
+class OptionError(ValueError):
+    """An option has a value that cannot work; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may have: finite ones from `low` to `high`, `low` itself only where it is `closed`."""
+
+    low: float
+    high: float = math.inf
+    closed: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.closed else value > self.low
+        return math.isfinite(value) and above and value <= self.high
+
+    def __str__(self) -> str:
+        lower = f"from {self.low:g}" if self.closed else f"above {self.low:g}"
+        if self.high == math.inf:
+            return f"{self.low:g} or more" if self.closed else lower
+        return f"{lower} to {self.high:g}" if self.closed else f"{lower}, at most {self.high:g}"
+
+
+COUNT, SIZE, POSITIVE, SHARE = Range(0), Range(1), Range(0, closed=False), Range(0, 1)
+
+DATAMANAGER = {
+    "train_num_rays_per_batch": SIZE,
+    "eval_num_rays_per_batch": SIZE,
+    "camera_res_scale_factor": Range(0, 1, closed=False),
+    "num_windows": COUNT,
+    "window_size": SIZE,
+    "rays_a_token": SIZE,
+}
+MODEL = {
+    "eval_num_rays_per_chunk": SIZE,
+    "average_init_density": POSITIVE,
+    "num_scales": SIZE,
+    "basis_dim": COUNT,
+    "basis_energy": Range(0, 1, closed=False),
+    "semantic_samples": SIZE,
+    "semantic_levels": SIZE,
+    "semantic_base_res": SIZE,
+    "semantic_max_res": SIZE,
+    "semantic_log2_hashmap_size": Range(1, 30),
+    "semantic_features_per_level": SIZE,
+    "semantic_hidden_dim": COUNT,
+    "semantics_start": COUNT,
+    "fda_start": COUNT,
+    "feature_loss_mult": COUNT,
+    "patch_loss_mult": COUNT,
+    "unmixing_loss_mult": COUNT,
+    "unmixing_temperature": POSITIVE,
+    "rda_loss_mult": COUNT,
+    "fda_positive_mult": COUNT,
+    "fda_negative_mult": COUNT,
+    "fda_temperature": POSITIVE,
+    "fda_shift": Range(-1, 1),
+    "fda_pairs": SIZE,
+    "overlay_opacity": SHARE,
+}
+"""What each of our numbers may be, and some of nerfstudio's that end a training in its midst."""
+
+EXPECTED: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    str: (str, "text"),
+    Path: ((str, Path), "a path"),
+}
+"""What is taken for a value of a type, and what to ask for instead of any other."""
+
+
+def check_options(config: OVS3DPipelineConfig) -> None:
+    """Raises OptionError for the first option of `config` that cannot work."""
+    if getattr(config.model, "prompt", None):
+        raise OptionError("--prompt belongs to other methods; give what to segment with --pipeline.prompts.")
+    check_fields("--pipeline.", config, {})
+    check_fields("--pipeline.datamanager.", config.datamanager, DATAMANAGER)
+    check_fields("--pipeline.model.", config.model, MODEL)
+    check_scales("--pipeline.datamanager.scales", config.datamanager.scales)
+    model = config.model
+    if model.semantic_max_res < model.semantic_base_res:
+        raise OptionError(
+            f"--pipeline.model.semantic-max-res {model.semantic_max_res} is less than "
+            f"--pipeline.model.semantic-base-res {model.semantic_base_res}; give at least that."
+        )
+
+
+def check_fields(prefix: str, config: Any, ranges: Mapping[str, Range]) -> None:
+    """Raises OptionError for the first field of a dataclass that is not of its type, or lies outside its range.
+
+    The fields that the class itself declares are looked at, and those in `ranges`.
+    """
+    hints = get_type_hints(type(config))
+    for name in [*type(config).__annotations__, *ranges]:
+        check_value(prefix + name.replace("_", "-"), getattr(config, name), hints[name], ranges.get(name))
+
+
+def check_value(option: str, value: Any, kind: Any, allowed: Range | None = None) -> None:
+    """Raises OptionError when `value` is not of the type `kind`, or lies outside `allowed`. Other types are let through."""
+    if get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind):
+        if value is None:
+            return
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is Literal:
+        fine, expected = value in get_args(kind), f"one of: {', '.join(get_args(kind))}"
+    elif kind in (int, float):
+        types = int if kind is int else (int, float)
+        fine = isinstance(value, types) and not isinstance(value, bool) and (allowed is None or value in allowed)
+        expected = ("a whole number" if kind is int else "a number") + (f", {allowed}" if allowed else "")
+    elif kind in EXPECTED:
+        types, expected = EXPECTED[kind]
+        fine = isinstance(value, types)
+    else:
+        return
+    if not fine:
+        raise OptionError(f"{option} {value} is not possible; give {expected}.")
+
+
+def check_scales(option: str, scales: Sequence[float]) -> None:
+    """Raises OptionError unless `scales` are numbers of patches along a picture's shorter side, at least one of them."""
+    if not isinstance(scales, tuple | list) or not scales:
+        raise OptionError(f"{option} {scales} is not possible; give one number or more, such as 5 7 10.")
+    for scale in scales:
+        check_value(option, scale, float, SIZE)
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raises OptionError when `path` cannot be the name of a file to write."""
+    if not path.name or path.is_dir():
+        raise OptionError(f"{option} {path} is no name of a file; give one, such as {Path(path, 'result')}.")
+
+
+def check_device(option: str, name: str) -> None:
+    """Raises OptionError when `name` is no device of this machine."""
+    try:
+        torch.zeros(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        known = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True))
+        here = [kind for kind, there in known if there]
+        reason = (str(error).strip().splitlines() or ["unknown"])[0].rstrip(" .")
+        raise OptionError(f"{option} {name} cannot be used ({reason}); this machine has: {', '.join(here)}.") from None
