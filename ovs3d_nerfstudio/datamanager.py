@@ -19,6 +19,7 @@ from torch import Tensor
 from ovs3d_nerfstudio.capture import capture_of
 from ovs3d_nerfstudio.dataset import OVS3DDataset
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
+from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.features.basis import Basis
 from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, checked_sizes, default_cache_dir, extract
 from ovs3d_nerfstudio.features.teachers import Teachers, Windows
@@ -72,8 +73,8 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
     teachers: Teachers | None = None
 
     def __init__(self, config: OVS3DDataManagerConfig, *args: Any, **kwargs: Any):
-        """Raises SceneError or PictureError for data that cannot be used."""
-        with readable_scene(config.dataparser, Path(config.data or config.dataparser.data)):
+        """Data that cannot be used ends the command with a sentence, here because ns-render builds no pipeline for it."""
+        with user_errors(), readable_scene(config.dataparser, Path(config.data or config.dataparser.data)):
             super().__init__(config, *args, **kwargs)
 
     def create_train_dataset(self) -> OVS3DDataset:

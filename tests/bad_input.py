@@ -94,7 +94,7 @@ def refused(capsys, folder: Path, act: Callable[[], Any], said: str | Iterable[s
     printed = " ".join("".join(capsys.readouterr()).split())
     sentence = printed.partition("Error: ")[2]
     assert end.value.code == 1, printed
-    assert "Traceback" not in printed and sentence.endswith("."), printed
+    assert "Traceback" not in printed and sentence.endswith((".", "'")), printed
     for part in [said] if isinstance(said, str) else said:
         assert part in sentence, printed
     # A value, and what to do about it.

@@ -23,6 +23,12 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 
+CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
 
 def command(*words, cwd: Path, env: dict | None = None, ok: bool = True) -> subprocess.CompletedProcess:
     """Runs a console script of this environment and returns it, its output in `stdout`."""
@@ -83,6 +89,25 @@ def pristine(tmp_path_factory) -> Path:
 def small(pristine, tmp_path) -> Path:
     """A copy of the small scene, to be spoilt."""
     return Path(shutil.copytree(pristine, tmp_path / "scene"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Specs of an open_clip file and a transformers folder with random weights."""
+    import open_clip
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"] = CLIP
+    torch.save(open_clip.create_model("tiny-ovs3d", pretrained=None).state_dict(), folder / "clip.pt")
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(**size, patch_size=8, image_size=64)).save_pretrained(folder / "dino")
+    yield {
+        "image_text_encoder": f"open_clip:tiny-ovs3d@{folder / 'clip.pt'}",
+        "token_encoder": f"dino:{folder / 'dino'}",
+    }
+    del open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"]
 
 
 @pytest.fixture

@@ -4,36 +4,14 @@ import copy
 import shutil
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
+from conftest import CLIP
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.optimizers import Optimizers
-from transformers import ViTConfig, ViTModel
 
 from ovs3d_nerfstudio.model import OVS3DModel, rays_that_fit
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
-
-CLIP = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> dict[str, str]:
-    """Specs of an open_clip file and a transformers folder with random weights."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"] = CLIP
-    torch.save(open_clip.create_model("tiny-ovs3d", pretrained=None).state_dict(), folder / "clip.pt")
-    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    ViTModel(ViTConfig(**size, patch_size=8, image_size=64)).save_pretrained(folder / "dino")
-    yield {
-        "image_text_encoder": f"open_clip:tiny-ovs3d@{folder / 'clip.pt'}",
-        "token_encoder": f"dino:{folder / 'dino'}",
-    }
-    del open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"]
 
 
 def pipeline(data: Path, test_mode="val", model=(), **settings) -> OVS3DPipeline:

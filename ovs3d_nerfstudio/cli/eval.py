@@ -18,6 +18,7 @@ from ovs3d_nerfstudio.cli.report import write_report
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.evaluation import RenderedView, rendered_views
 from ovs3d_nerfstudio.metrics import ViewMetrics, match_classes, relabel, summarise, view_metrics
+from ovs3d_nerfstudio.option_checks import check_file
 from ovs3d_nerfstudio.palette import colorize, colors_for
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 from ovs3d_nerfstudio.prompts import clean_prompt, prompt_key
@@ -56,12 +57,14 @@ class Command:
 
     def main(self) -> None:
         """Raises CommandError and the errors of prompts, annotations and encoders."""
-        config, pipeline, checkpoint, step = open_run(self.load_config, data=self.data)
-        prompts = ask(pipeline, self.prompts, self.prompts_file)
+        check_file("--output-path", self.output_path)
         folder = self.output_path.with_suffix("")
         if folder == self.output_path:
             raise CommandError(f"--output-path {self.output_path} has no suffix; name a file such as metrics.json.")
-        comparison = compare(pipeline, self.split, parse_mapping(self.prompt_classes))
+        mapping = parse_mapping(self.prompt_classes)
+        config, pipeline, checkpoint, step = open_run(self.load_config, data=self.data)
+        prompts = ask(pipeline, self.prompts, self.prompts_file)
+        comparison = compare(pipeline, self.split, mapping)
         for view in comparison.views:
             write_labels(folder / "labels" / f"{view.name}.png", view.prediction, len(comparison.classes))
         figures = {

@@ -19,6 +19,7 @@ from ovs3d_nerfstudio.cli.labels import ids
 from ovs3d_nerfstudio.cli.ply import positions_of, read_vertices, vertex_table, with_labels, write_ply
 from ovs3d_nerfstudio.cli.points import Frame, label_positions, objects
 from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.option_checks import COUNT, POSITIVE, SHARE, SIZE, check_fields
 from ovs3d_nerfstudio.palette import colorize, save_legend
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
@@ -82,11 +83,9 @@ class ExportPointCloud(_Export):
     """Points are outliers from so many standard deviations of their distance to their neighbours on; 0 keeps all."""
 
     def main(self) -> None:
-        """Raises CommandError and the errors of prompts and encoders."""
-        for name in ("num_points", "num_rays_per_batch", "object_gap"):
-            if getattr(self, name) <= 0:
-                option = name.replace("_", "-")
-                raise CommandError(f"--{option} {getattr(self, name)} is not possible; give more than 0.")
+        """Raises CommandError, OptionError and the errors of prompts and encoders."""
+        positive = {"num_points": SIZE, "num_rays_per_batch": SIZE, "object_gap": POSITIVE}
+        check_fields("--", self, {**positive, "smallest_object": SHARE, "farthest": COUNT, "std_ratio": COUNT})
         pipeline = self.opened()
         cloud = sample_cloud(pipeline, self.num_points, self.num_rays_per_batch, self.std_ratio)
         diagonal = camera_diagonal(pipeline)
@@ -132,7 +131,7 @@ class ExportMesh(_Export):
     """Coordinates of the result, as in `pointcloud`; the mesh itself is taken to be in the model's."""
 
     def main(self) -> None:
-        """Raises CommandError and the errors of prompts and encoders."""
+        """Raises CommandError, OptionError and the errors of prompts and encoders."""
         # Imported here: it takes seconds.
         import open3d
 
@@ -168,7 +167,8 @@ class ExportSplat(_Export):
     """Gaussians whose class is less probable than this become 0, none."""
 
     def main(self) -> None:
-        """Raises CommandError and the errors of prompts and encoders."""
+        """Raises CommandError, OptionError and the errors of prompts and encoders."""
+        check_fields("--", self, {"least_probability": SHARE})
         table = read_vertices(self.splat)
         positions = positions_of(table, self.splat)
         theirs = Frame.of_run(self.splat_config.parent) if self.splat_config is not None else None

@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import tyro
+from nerfstudio.cameras.camera_paths import get_path_from_json
 from nerfstudio.scripts import render
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
@@ -22,7 +23,18 @@ from rich.markup import escape
 from ovs3d_nerfstudio.cli.common import ask, open_run
 from ovs3d_nerfstudio.cli.labels import LabelFolder
 from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.option_checks import POSITIVE, SIZE, Range, check_fields
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+
+RANGES = {
+    "downscale_factor": POSITIVE,
+    "jpeg_quality": Range(1, 100),
+    "eval_num_rays_per_chunk": SIZE,
+    "interpolation_steps": SIZE,
+    "frame_rate": SIZE,
+    "seconds": POSITIVE,
+}
+"""What options of nerfstudio's may be, where its render classes have them."""
 
 
 @dataclass
@@ -41,9 +53,14 @@ class _Asking:
     """Write one mask a class of each view too, where label images are written."""
 
     def main(self) -> None:
-        """Raises CommandError and the errors of prompts and encoders; nerfstudio's own mistakes end as in ns-render."""
+        """Raises CommandError, OptionError and the errors of prompts and encoders."""
+        check_fields("--", self, {name: allowed for name, allowed in RANGES.items() if hasattr(self, name)})
         with mock.patch.object(render, "eval_setup", self._setup):
             super().main()  # type: ignore[misc]
+
+    def held_out(self) -> bool:
+        """Whether held-out views are rendered, or where rendering starts."""
+        return "test" in getattr(self, "split", "") or getattr(self, "pose_source", "") == "eval"
 
     def folders(self, pipeline: OVS3DPipeline) -> Iterator[tuple[Path, Path]]:
         """For each view in the order of rendering: the folder of its labels, and its name below it without suffix."""
@@ -54,6 +71,11 @@ class _Asking:
         """Stands in for nerfstudio's `eval_setup`: a run that answers for our prompts and writes down its labels."""
         change = update_config_callback or (lambda config: config)
         config, pipeline, checkpoint, step = open_run(load_config, test_mode, eval_num_rays_per_chunk, change=change)
+        if not len(pipeline.datamanager.eval_dataset) and self.held_out():
+            raise CommandError(
+                f"No photo of {pipeline.datamanager.config.data} is held out, so there is no view to start from; render the "
+                "training views with --split train or --pose-source train, or a camera path."
+            )
         prompts = ask(pipeline, self.prompts, self.prompts_file)
         if self.labels:
             self._record(pipeline, prompts)
@@ -65,6 +87,13 @@ class _Asking:
 
         def recorded(*arguments: Any, **options: Any) -> dict:
             outputs = render_camera(*arguments, **options)
+            # nerfstudio's own further names: raw-depth for the numbers, gt-rgb for the photo, rgba.
+            known = {*outputs, *(f"raw-{name}" for name in outputs), "rgba"}
+            unknown = [name for name in self.rendered_output_names if name not in known and "gt-" not in name]
+            if unknown:
+                raise CommandError(
+                    f"--rendered-output-names {unknown[0]} is no output of this run; choose among: {', '.join(outputs)}."
+                )
             folder, view = next(views)
             if folder not in written:
                 written[folder] = LabelFolder(folder, prompts, colors, self.masks)
@@ -97,10 +126,11 @@ class RenderCameraPath(_Asking, render.RenderCameraPath):
         """Raises CommandError for a file that is no camera path."""
         try:
             path = json.loads(self.camera_path_filename.read_text(encoding="utf-8"))
-            complete = bool(path["camera_path"]) and path["seconds"] > 0
-        except (ValueError, KeyError, TypeError):
-            complete = False
-        if not complete:
+            cameras = get_path_from_json(path)
+            fine = path["seconds"] > 0 and (cameras.width > 0).all() and cameras.camera_to_worlds.isfinite().all()
+        except (LookupError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError):
+            fine = False
+        if not fine:
             raise CommandError(
                 f"{self.camera_path_filename} is no camera path; export one from the viewer's render tab."
             )
@@ -115,6 +145,9 @@ class RenderInterpolated(_Asking, render.RenderInterpolated):
 @dataclass
 class RenderSpiral(_Asking, render.SpiralRender):
     """Render a spiral about the first held-out photo."""
+
+    def held_out(self) -> bool:
+        return True
 
 
 Command = tyro.conf.FlagConversionOff[

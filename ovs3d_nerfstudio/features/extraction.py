@@ -88,12 +88,12 @@ def extract(
 
     Raises PictureError, EncoderError or CacheError with a sentence for the user.
     """
+    sizes = checked_sizes(paths, scales)
     dense = clip_features == "dense"
     fingerprint = image_text_encoder.dense_fingerprint if dense else image_text_encoder.fingerprint
     recipe = {"encoder": fingerprint, "scales": [float(s) for s in scales]}
     pyramid = FeatureCache(cache_dir, "pyramid", recipe)
     tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint, "dims": token_encoder.kept_dims})
-    sizes = checked_sizes(paths, scales)
     views = CachedViews([picture_key(path) for path in paths], sizes, tuple(scales), pyramid, tokens)
     mine = range(ranks.rank(), len(paths), ranks.count())
     with ThreadPoolExecutor() as checkers:  # checksums, at the speed of the disk
