@@ -152,7 +152,8 @@ def read_poses_bounds(
         raise CommandError(f"{path} is no array of numbers ({error}); {again}.") from None
     if not isinstance(rows, np.ndarray):
         raise CommandError(f"{path} is no array of numbers but an archive of {', '.join(rows)}; {again}.")
-    numbers = rows.dtype.kind in "iuf" and np.isfinite(rows).all()
+    with np.errstate(over="ignore"):  # a number too large for 32 bits is as bad as infinity
+        numbers = rows.dtype.kind in "iuf" and np.isfinite(rows.astype(np.float32)).all()
     if rows.ndim != 2 or rows.shape[1] != 17 or not numbers:
         raise CommandError(f"{path} is an array of {rows.shape}; it must be of 17 finite numbers a photo; {again}.")
     if len(rows) != count:

@@ -114,7 +114,9 @@ def rendered_views(
     everything = [*datamanager.train_dataset.image_filenames, *datamanager.eval_dataset.image_filenames]
     evaluator = Evaluator.of_scene(data, dataset.image_filenames, everything)
     if evaluator is None:
-        raise AnnotationError(f"{data} has no segmentations/classes.txt, so there is no truth to compare with.")
+        raise AnnotationError(
+            f"{data} has no segmentations/classes.txt, so there is no truth to compare with; write masks of some views there."
+        )
     wanted = set(evaluator.annotations.views) - set(skip)
     annotated = [i for i, view in enumerate(evaluator.views) if view in wanted]
 

@@ -30,7 +30,7 @@ class Header:
     alpha: bool
     """Whether parts may be transparent."""
     remark: str
-    """What is lost of such a picture, to be said after its name; empty where nothing is."""
+    """What kind of picture it is, and behind a colon what is lost of such; empty where nothing is."""
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -95,10 +95,10 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 def _remark(picture: Image.Image) -> str:
     if picture.mode == "CMYK":
-        return "are in CMYK: their colours are turned into RGB without a profile"
+        return "in CMYK: colours are turned into RGB without a profile"
     # A phone keeps previews and depth in further frames of a photo (MPO): the first is the photo.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
-        return "have several frames: the first of each is used"
+        return "of several frames: only the first is used"
     return ""
 
 

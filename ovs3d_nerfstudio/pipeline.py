@@ -169,13 +169,22 @@ class OVS3DPipeline(VanillaPipeline):
             save_legend(self.run_folder / "legend.png", self.chosen_prompts, segmenter.colors.cpu())
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
-        """As nerfstudio's; a checkpoint of another version or another config ends the command with a sentence."""
+        """As nerfstudio's, which would leave at random what a checkpoint lacks: here one of another version or another config
+        ends the command with a sentence."""
         try:
-            super().load_pipeline(loaded_state, step)
+            self.model.update_to_step(step)
+            self.load_state_dict(
+                {key.removeprefix("module."): value for key, value in loaded_state.items()}, strict=True
+            )
+            known, basis = self.model.semantic_field.dim, self.model.segmenter.basis
+            if basis.numel() and known != basis.shape[1]:
+                raise ValueError(
+                    f"it has {known} coefficients for a basis of {basis.shape[1]}: the number of scales differs"
+                )
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
             with user_errors():
                 raise CommandError(
-                    f"The checkpoint of step {step} does not fit its config ({reason(error, 2)}); open it with the config.yml that "
+                    f"The checkpoint of step {step} does not fit its config ({reason(error, 3)}); open it with the config.yml that "
                     "was written beside it and the version of ovs3d_nerfstudio that trained it, or train again."
                 ) from error
 

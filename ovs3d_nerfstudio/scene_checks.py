@@ -156,4 +156,6 @@ def check_pictures(
             raise SceneError(f"The mask {mask} has colours ({read.mode}); save it in grey, black where nothing counts.")
     for remark in dict.fromkeys(header.remark for header in headers if header.remark):
         odd = [path.name for path, header in zip(paths, headers, strict=True) if header.remark == remark]
-        CONSOLE.print(f"[bold yellow]Warning:[/bold yellow] {escape(f'{odd[0]} and {len(odd) - 1} more {remark}.')}")
+        what, _, loss = remark.partition(": ")
+        said = f"{len(odd)} of {len(paths)} pictures {what} (such as {odd[0]}): {loss}."
+        CONSOLE.print(f"[bold yellow]Warning:[/bold yellow] {escape(said)}")

@@ -54,32 +54,39 @@ def open_run(
         if not place.exists():
             raise CommandError(f"The run's data, {place}, is not there; put it back, or say with --data where it is.")
         config.relative_model_dir = (load_config.parent / config.relative_model_dir).resolve()
-        if not any(config.relative_model_dir.glob("step-*.ckpt")):
+        checkpoints = sorted(config.relative_model_dir.glob("step-*.ckpt"))
+        if not checkpoints:
             raise CommandError(
                 f"There is no checkpoint in {config.relative_model_dir}; train until the first one is saved."
             )
+        check_checkpoint(checkpoints[-1])
         return config
 
     remedy = f"name the config.yml of a run that this version of {known} trained."
     try:
         written = yaml.load(load_config.read_text(), Loader=yaml.Loader)
     except (yaml.YAMLError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        raise CommandError(f"{load_config} cannot be opened ({reason(error)}); {remedy}") from error
+        raise CommandError(f"{load_config} cannot be opened ({reason(error, 2)}); {remedy}") from error
     if not isinstance(written, TrainerConfig) or written.method_name not in all_methods:
         what = f"a run of {written.method_name}" if isinstance(written, TrainerConfig) else "no config of a run"
         raise CommandError(f"{load_config} is {what}; {remedy}")
-    try:
-        config, pipeline, checkpoint, step = eval_setup(load_config, rays_per_chunk, test_mode, update)
-    except (UnpicklingError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-            raise
-        raise CommandError(
-            f"The last checkpoint of {load_config} is none ({reason(error)}); remove it, so that the one before it is taken."
-        ) from error
+    config, pipeline, checkpoint, step = eval_setup(load_config, rays_per_chunk, test_mode, update)
     assert isinstance(pipeline, OVS3DPipeline)
     if not pipeline.model.segmenter.ready:
         raise CommandError(f"{checkpoint} holds no features yet; train beyond the start of the semantic losses.")
     return config, pipeline, checkpoint, step
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises CommandError when a file is no checkpoint; looks at its table of contents, not at the weights."""
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        lacking = sorted({"pipeline", "step"} - set(saved if isinstance(saved, dict) else ()))
+        said = f"it lacks {' and '.join(lacking)}" if lacking else ""
+    except (UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        said = reason(error)
+    if said:
+        raise CommandError(f"{path} is no checkpoint ({said}); remove it, so that the one before it is taken.")
 
 
 def our_methods() -> dict[str, OVS3DPipelineConfig]:

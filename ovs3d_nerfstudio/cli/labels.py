@@ -48,17 +48,17 @@ class LabelFolder:
         """Writes what all views share. Raises CommandError when two prompts would have one mask."""
         self.folder, self.masks = folder, masks
         self.stems = [mask_stem(prompt) for prompt in prompts]
+        taken: dict[str, str] = {}
+        for prompt, stem in zip(prompts, self.stems, strict=True):
+            other = taken.setdefault(prompt_key(stem), prompt)
+            if masks and other is not prompt:
+                raise CommandError(
+                    f"'{other}' and '{prompt}' would both have the mask {stem}.png; change one of them, or leave the masks out."
+                )
         write_json(folder / "labels.json", ids(prompts, colors))
         save_legend(folder / "legend.png", prompts, colors)
         if not masks:
             return
-        taken: dict[str, str] = {}
-        for prompt, stem in zip(prompts, self.stems, strict=True):
-            other = taken.setdefault(prompt_key(stem), prompt)
-            if other is not prompt:
-                raise CommandError(
-                    f"'{other}' and '{prompt}' would both have the mask {stem}.png; change one of them, or leave the masks out."
-                )
         path = folder / CLASSES_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path) as beside:

@@ -76,7 +76,10 @@ class Frame:
         path = folder / "dataparser_transforms.json"
         try:
             saved = json.loads(path.read_text())
-            return Frame(np.array(saved["transform"], float).reshape(3, 4), float(saved["scale"]))
+            frame = Frame(np.array(saved["transform"], float).reshape(3, 4), float(saved["scale"]))
+            if not (np.isfinite(frame.transform).all() and 0 < abs(frame.scale) < np.inf):
+                raise ValueError("no similarity")
+            return frame
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             raise CommandError(f"{path} is missing or broken; name a run of ns-train that has it.") from None
 

@@ -50,8 +50,9 @@ class DinoEncoder(TokenEncoder):
 
     @cached_property
     def fingerprint(self) -> str:
+        config = self._config  # first of all: it says what is wrong with a folder
         if self.folder is None:
-            source = f"{self.name} {getattr(self._config, '_commit_hash', None) or 'unknown revision'}"
+            source = f"{self.name} {getattr(config, '_commit_hash', None) or 'unknown revision'}"
         else:
             files = (p for p in sorted(self.folder.iterdir()) if p.suffix in (".safetensors", ".bin"))
             source = "sha256 " + " ".join(file_digest(path) for path in [self.folder / "config.json", *files])
