@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
-from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
 from nerfstudio.data.utils.data_utils import get_image_mask_tensor_from_path
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -23,6 +22,7 @@ from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.features.basis import Basis
 from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, checked_sizes, default_cache_dir, extract
 from ovs3d_nerfstudio.features.teachers import Teachers, Windows
+from ovs3d_nerfstudio.pictures import PictureError
 from ovs3d_nerfstudio.scene_checks import check_cameras, check_pictures, readable_scene
 
 
@@ -92,9 +92,12 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
         return self._checked(super().create_eval_dataset())
 
     def _checked(self, dataset: OVS3DDataset) -> OVS3DDataset:
-        if self.test_mode != "inference":  # where there may be no pictures
-            parsed = dataset._dataparser_outputs
-            check_pictures(dataset.image_filenames, dataset.headers, parsed.cameras, parsed.mask_filenames)
+        if self.test_mode == "inference":  # needs no pictures
+            return dataset
+        parsed = dataset._dataparser_outputs
+        check_pictures(dataset.image_filenames, dataset.headers, parsed.cameras, parsed.mask_filenames)
+        if self.test_mode == "val" and (missing := set(dataset.image_filenames) - set(dataset.headers)):
+            raise PictureError(f"The picture {min(missing)} does not exist; put it there or take it out of the data.")
         return dataset
 
     def extract_features(self, image_text_encoder: ImageTextEncoder, token_encoder: TokenEncoder) -> CachedViews:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -148,7 +147,9 @@ def read_poses_bounds(
         raise CommandError(
             f"{path} does not exist; a scene of ovs3d-data needs it, nerfstudio-data does not."
         ) from None
-    except (ValueError, EOFError, BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the reader of NumPy's header lets out SyntaxError, TokenError, MemoryError…
         raise CommandError(f"{path} is no array of numbers ({error}); {again}.") from None
     if not isinstance(rows, np.ndarray):
         raise CommandError(f"{path} is no array of numbers but an archive of {', '.join(rows)}; {again}.")

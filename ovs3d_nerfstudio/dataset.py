@@ -4,6 +4,7 @@ the lower half of 16 bits for the whole."""
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,13 +18,14 @@ class OVS3DDataset(InputDataset):
     """An InputDataset whose pictures have 8 bits and three channels, or four if one of them may be transparent."""
 
     @cached_property
-    def headers(self) -> list[Header]:
-        """What each picture's file says of itself. Raises PictureError when one is no picture."""
-        return [picture_header(path) for path in self.image_filenames]
+    def headers(self) -> dict[Path, Header]:
+        """What the files of the pictures that are there say of themselves. Raises PictureError when one is no picture."""
+        return {path: picture_header(path) for path in self.image_filenames if path.exists()}
 
     def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "H W channels"]:
         """The pixels of a picture. Raises PictureError when they cannot be read."""
-        picture = open_picture(self.image_filenames[image_idx], any(header.alpha for header in self.headers))
+        alpha = any(header.alpha for header in self.headers.values())
+        picture = open_picture(self.image_filenames[image_idx], alpha)
         if self.scale_factor != 1.0:
             size = [int(side * self.scale_factor) for side in picture.size]
             picture = picture.resize((size[0], size[1]), Image.Resampling.BILINEAR)

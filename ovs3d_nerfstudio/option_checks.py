@@ -54,6 +54,7 @@ DATAMANAGER = {
 MODEL = {
     "eval_num_rays_per_chunk": SIZE,
     "average_init_density": POSITIVE,
+    "near_plane": COUNT,
     "num_scales": SIZE,
     "basis_dim": COUNT,
     "basis_energy": Range(0, 1, closed=False),

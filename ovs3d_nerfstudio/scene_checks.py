@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def check_transforms(data: Path) -> None:
             f"{path} has {len(frames)} frames; a scene needs photos from several places, some dozens for a good field."
         )
     model = meta.get("camera_model", "OPENCV")
-    if model not in CAMERA_MODEL_TO_TYPE:
+    if model not in [*CAMERA_MODEL_TO_TYPE]:
         raise SceneError(f"{path} has the camera_model {model!r}; give one of: {', '.join(CAMERA_MODEL_TO_TYPE)}.")
     for number, frame in enumerate(frames):
         _check_frame(f"{path}: frame {number} ({frame.get('file_path')})", meta, frame)
@@ -132,30 +132,38 @@ def check_cameras(cameras: Cameras, name: str) -> None:
 
 
 def check_pictures(
-    paths: Sequence[Path], headers: Sequence[Header], cameras: Cameras, masks: Sequence[Path] | None
+    paths: Sequence[Path], headers: Mapping[Path, Header], cameras: Cameras, masks: Sequence[Path] | None
 ) -> None:
     """Raises SceneError when a picture, or its mask, is not of its camera's size; says once what loses quality.
 
-    A row or a column less than the camera has is let pass: tools round differently when they shrink.
+    A row or a column less than the camera has is let pass: tools round differently when they shrink. Pictures without a
+    header are passed over.
     """
     sizes = zip(cameras.width.flatten().tolist(), cameras.height.flatten().tolist(), strict=True)
-    for path, header, (width, height) in zip(paths, headers, sizes, strict=True):
+    for i, (path, (width, height)) in enumerate(zip(paths, sizes, strict=True)):
+        if path not in headers:
+            continue
+        header = headers[path]
         if not (width - 1 <= header.width <= width and height - 1 <= header.height <= height):
             raise SceneError(
                 f"{path} is {header.width} × {header.height} pixels, but its camera {width} × {height}; give the picture its "
                 "camera's size, or mend w, h and the focal lengths of the data."
             )
-    for path, header, mask in zip(paths, headers, masks or [], strict=masks is not None):
-        read = picture_header(mask)
-        if (read.width, read.height) != (header.width, header.height):
-            raise SceneError(
-                f"The mask {mask} is {read.width} × {read.height} pixels, but {path.name} {header.width} × {header.height}; "
-                "give both one size."
-            )
-        if read.mode not in ("1", "L", "P", "I", "I;16"):
-            raise SceneError(f"The mask {mask} has colours ({read.mode}); save it in grey, black where nothing counts.")
-    for remark in dict.fromkeys(header.remark for header in headers if header.remark):
-        odd = [path.name for path, header in zip(paths, headers, strict=True) if header.remark == remark]
+        if masks:
+            _check_mask(masks[i], path, header)
+    for remark in dict.fromkeys(header.remark for header in headers.values() if header.remark):
+        odd = [path.name for path, header in headers.items() if header.remark == remark]
         what, _, loss = remark.partition(": ")
         said = f"{len(odd)} of {len(paths)} pictures {what} (such as {odd[0]}): {loss}."
         CONSOLE.print(f"[bold yellow]Warning:[/bold yellow] {escape(said)}")
+
+
+def _check_mask(mask: Path, path: Path, header: Header) -> None:
+    read = picture_header(mask)
+    if (read.width, read.height) != (header.width, header.height):
+        raise SceneError(
+            f"The mask {mask} is {read.width} × {read.height} pixels, but {path.name} {header.width} × {header.height}; "
+            "give both one size."
+        )
+    if read.mode not in ("1", "L", "P", "I", "I;16"):
+        raise SceneError(f"The mask {mask} has colours ({read.mode}); save it in grey, black where nothing counts.")

@@ -80,8 +80,8 @@ def assign(config: Any, path: str, value: Any) -> None:
 
 
 def everything_in(*folders: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file below some folders."""
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    """Size and time of every file below some folders, but for the locks of the feature cache."""
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 

@@ -133,7 +133,7 @@ RUNS = {
     ),
     "no data": (lambda run: shutil.rmtree(run.parent / "scene"), ["scene, is not there", "--data"]),
     "data without poses": (lambda run: (run.parent / "scene" / "transforms.json").unlink(), "has no transforms.json"),
-    "data without pictures": (lambda run: shutil.rmtree(run.parent / "scene" / "images"), "00.png"),
+    "data without pictures": (lambda run: shutil.rmtree(run.parent / "scene" / "images"), ".png"),
     "data with a broken mask": (
         lambda run: (run.parent / "scene" / "segmentations" / f"{VIEWS - 1:02d}" / "grass.png").write_text("x"),
         "grass.png cannot be read",
