@@ -32,6 +32,7 @@ from ovs3d_nerfstudio.features.cache import written_beside
 from ovs3d_nerfstudio.option_checks import POSITIVE, SIZE, check_fields
 from ovs3d_nerfstudio.pictures import SUFFIXES, list_pictures, picture_size
 from ovs3d_nerfstudio.prompts import find_classes_file
+from ovs3d_nerfstudio.scene_checks import flat
 
 HOLD_EVERY = 8
 """Where nothing is annotated, every eighth photo is held out, as is usual with LLFF scenes."""
@@ -161,10 +162,10 @@ def read_poses_bounds(
         raise CommandError(f"{path} has {len(rows)} cameras, but there are {count} photos; remove what has no partner.")
     table = torch.from_numpy(rows[:, :15].astype(np.float32)).view(-1, 3, 5)
     down, right, back, origin, intrinsics = table.unbind(-1)
-    broken = (torch.linalg.det(table[..., :3]).abs() < 1e-6) | (intrinsics <= 0).any(-1)
+    broken = flat(table[..., :3].numpy()) | (intrinsics <= 0).any(-1).numpy()
     if broken.any():
         raise CommandError(
-            f"{path}: camera {int(broken.nonzero()[0])}, counted from 0, has no rotation, or a size or focal length of 0 or less; "
+            f"{path}: camera {int(broken.argmax())}, counted from 0, has no rotation, or a size or focal length of 0 or less; "
             f"{again}."
         )
     poses = torch.eye(4).repeat(count, 1, 1)

@@ -32,7 +32,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.closed else value > self.low
-        return math.isfinite(value) and above and value <= self.high
+        return above and value <= self.high and value < math.inf
 
     def __str__(self) -> str:
         lower = f"from {self.low:g}" if self.closed else f"above {self.low:g}"

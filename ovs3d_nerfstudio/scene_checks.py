@@ -4,14 +4,13 @@ are no numbers goes on for hours. Only what would break is looked at, and of pic
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, Cameras
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
@@ -66,7 +65,7 @@ def check_transforms(data: Path) -> None:
         raise SceneError(f"{path} has no list of frames; {again}.")
     if len(frames) < 2:
         raise SceneError(
-            f"{path} has {len(frames)} frames; a scene needs photos from several places, some dozens for a good field."
+            f"{path} has {'one frame' if frames else 'no frame'}; a scene needs photos from several places, some dozens for a good field."
         )
     model = meta.get("camera_model", "OPENCV")
     if model not in [*CAMERA_MODEL_TO_TYPE]:
@@ -88,7 +87,7 @@ def _check_frame(name: str, meta: dict[str, Any], frame: dict[str, Any]) -> None
     pose = _numbers(frame.get("transform_matrix"))
     if pose is None or pose.shape != (4, 4):
         raise SceneError(f"{name} has no transform_matrix of 4 × 4 finite numbers; mend it, or take the frame out.")
-    if abs(np.linalg.det(pose[:3, :3])) < 1e-6:
+    if flat(pose[:3, :3]):
         raise SceneError(
             f"{name} has a transform_matrix that turns space flat; give a rotation, or take the frame out."
         )
@@ -98,6 +97,13 @@ def _check_frame(name: str, meta: dict[str, Any], frame: dict[str, Any]) -> None
         if value is None or value.ndim or (value <= 0 and key not in ("cx", "cy")):
             what = f"the {key} {given[key]!r}" if key in given else f"no {key}"
             raise SceneError(f"{name} has {what}; give it in pixels, for all frames together or for each.")
+
+
+def flat(axes: Float[np.ndarray, "*n 3 3"]) -> Bool[np.ndarray, "*n"]:
+    """Whether three axes, the columns, span no space, whatever their lengths."""
+    with np.errstate(all="ignore"):  # numbers too large to be multiplied are no axes either
+        lengths = np.linalg.norm(axes, axis=-2).prod(-1)
+        return ~(np.abs(np.linalg.det(axes)) > 1e-6 * lengths)
 
 
 def _numbers(value: Any) -> Float[np.ndarray, "..."] | None:
@@ -123,7 +129,7 @@ def check_cameras(cameras: Cameras, name: str) -> None:
     """Raises SceneError when cameras that a parser made of `name` cannot be trained from."""
     if not len(cameras):
         raise SceneError(f"{name} has no photo to train on; {_PARSERS}, or its options.")
-    if not math.isfinite(float(cameras.camera_to_worlds.sum())):
+    if not cameras.camera_to_worlds.isfinite().all():
         raise SceneError(f"{name} has poses that are no finite numbers; {_PARSERS}.")
     for option, focal in (("horizontal", cameras.fx), ("vertical", cameras.fy)):
         if not (focal > 0).all() or not focal.isfinite().all():
