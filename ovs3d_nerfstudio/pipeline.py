@@ -165,7 +165,7 @@ class OVS3DPipeline(VanillaPipeline):
             # Copies all parameters and buffers of rank 0, so what each rank drew itself until here does not matter. Before
             # the semantic losses begin, their parameters take no part in a step.
             self._model = DistributedDataParallel(self.model, find_unused_parameters=True, broadcast_buffers=False)  # type: ignore[assignment]
-        if self.run_folder is not None and self.chosen_prompts and ranks.rank() == 0:
+        if self.run_folder is not None and self.chosen_prompts and comms.is_main_process():
             save_legend(self.run_folder / "legend.png", self.chosen_prompts, segmenter.colors.cpu())
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -19,6 +20,11 @@ WORK_TIMEOUT = timedelta(days=7)
 """How long it waits for others to extract: as long as that takes on the slowest machine."""
 
 _workers: Any = None
+
+
+def meeting_in(folder: Path) -> str:
+    """Where the ranks of one machine meet: a file, as no port is free for sure."""
+    return "file:///" + (folder / "meeting").as_posix().lstrip("/")
 
 
 def join(url: str, rank: int, count: int, backend: str) -> None:

@@ -37,7 +37,7 @@ class OVS3DTrainerConfig(TrainerConfig):
         """Saves the config; then hides from nerfstudio's launcher, which reads it next, that there are several devices."""
         super().save_config()
         machine = self.machine
-        if machine.num_devices * machine.num_machines > 1:
+        if machine.num_devices * machine.num_machines > 1 and ranks.count() == 1:  # not in the processes themselves
             self.machine, self.real_machine = replace(machine, num_devices=1, num_machines=1), machine
 
     def setup(self, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ class Processes:
         # The cores are divided, or the processes would take them from each other.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // machine.num_devices)))
         with TemporaryDirectory(prefix="ovs3d-") as folder, user_errors():
-            url = (Path(folder) / "meeting").as_uri() if machine.dist_url == "auto" else machine.dist_url
+            url = ranks.meeting_in(Path(folder)) if machine.dist_url == "auto" else machine.dist_url
             processes = mp.spawn(_work, nprocs=machine.num_devices, join=False, args=(config, url))
             assert processes is not None
             try:
