@@ -30,6 +30,8 @@ from ovs3d_nerfstudio.prompts import choose_prompts
 
 # nerfstudio 1.1.5 indexes its cameras in a way that torch ≥ 2.9 warns of, several lines at every step.
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
+# Its successor is not in the torch versions that nerfstudio supports.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 # torch ≥ 2.6 loads nothing but tensors and plain values unless told. nerfstudio's checkpoints hold NumPy scalars (the
 # schedulers' state) and nothing else beyond that, so these are all that is allowed; no code is ever loaded.
@@ -162,8 +164,9 @@ class OVS3DPipeline(VanillaPipeline):
             self.model.mixture.configure(prompts)
         self.model.semantic_field.resize(basis.vectors.shape[1])
         if self.world_size > 1:
-            # Copies all parameters and buffers of rank 0, so what each rank drew itself until here does not matter. Before
-            # the semantic losses begin, their parameters take no part in a step.
+            # All go on from rank 0's buffers (which never change) and parameters (DDP copies them), whatever each drew
+            # itself until here. Before the semantic losses begin, their parameters take no part in a step.
+            ranks.copy_first(self.model.buffers())
             self._model = DistributedDataParallel(self.model, find_unused_parameters=True, broadcast_buffers=False)  # type: ignore[assignment]
         if self.run_folder is not None and self.chosen_prompts and comms.is_main_process():
             save_legend(self.run_folder / "legend.png", self.chosen_prompts, segmenter.colors.cpu())

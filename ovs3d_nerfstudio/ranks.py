@@ -5,12 +5,13 @@ Alone, a process is rank 0 of 1, and waits for nobody.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -56,3 +57,11 @@ def from_first(make: Callable[[], T]) -> T:
     made = [make() if rank() == 0 else None]
     dist.broadcast_object_list(made, src=0, group=_workers)
     return made[0]  # type: ignore[return-value]
+
+
+def copy_first(tensors: Iterable[Tensor]) -> None:
+    """Gives the tensors of every rank the values of rank 0's; they lie where ranks exchange gradients."""
+    for tensor in tensors:
+        values = tensor.contiguous()
+        dist.broadcast(values, 0)
+        tensor.copy_(values)
