@@ -23,9 +23,10 @@ from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids
 class Run:
     """A pipeline with its optimizers and callbacks, stepped as nerfstudio's trainer does it."""
 
-    def __init__(self, pipeline_config, optimizers: dict, device: str):
+    def __init__(self, pipeline_config, optimizers: dict, device: str, **rank: int):
+        """`rank`: world_size and local_rank, where several processes train."""
         with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):  # it would download AlexNet
-            self.pipeline = pipeline_config.setup(device=device, test_mode="val")
+            self.pipeline = pipeline_config.setup(device=device, test_mode="val", **rank)
         self.pipeline.train()
         self.device = device.split(":")[0]
         if hasattr(self.pipeline, "prepare_features"):
