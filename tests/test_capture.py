@@ -38,7 +38,7 @@ def test_a_full_turn_is_seen_in_any_frame_and_starts_in_proportion():
         assert capture.distance == pytest.approx(scale * math.sqrt(5), rel=1e-4)
         density, near = capture.start()
         # As much fog, in optical depths, whatever the unit of length.
-        assert density * capture.distance == pytest.approx(1.0) and near / capture.distance == pytest.approx(0.4)
+        assert density * capture.distance == pytest.approx(0.75) and near / capture.distance == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(
