@@ -13,7 +13,7 @@ from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConf
 from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 from nerfstudio.data.utils import colmap_parsing_utils as colmap
 from PIL import Image
-from test_training import checkpoints, pipeline, train  # noqa: F401 (checkpoints is a fixture)
+from test_training import pipeline, train
 
 from ovs3d_nerfstudio.annotations import mask_stem
 from ovs3d_nerfstudio.cli.export import frame_of
@@ -145,7 +145,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_ray_meets_what_its_pixel_shows(tmp_path, checkpoints, kind):  # noqa: F811
+def test_every_ray_meets_what_its_pixel_shows(tmp_path, checkpoints, kind):
     cameras = KINDS[kind]
     trained = pipeline(write_scene(tmp_path / "scene", cameras), **checkpoints)
     history = train(trained, 0, 4)
@@ -158,7 +158,7 @@ def test_every_ray_meets_what_its_pixel_shows(tmp_path, checkpoints, kind):  # n
     assert 0 <= metrics["miou"] <= 1 and metrics["psnr"] > 5
 
 
-def test_transparent_pixels_are_white_to_the_encoders_and_black_to_the_colours(tmp_path, checkpoints):  # noqa: F811
+def test_transparent_pixels_are_white_to_the_encoders_and_black_to_the_colours(tmp_path, checkpoints):
     trained = pipeline(write_scene(tmp_path / "scene", shots(), alpha=True), **checkpoints)
     assert np.isfinite(list(train(trained, 0, 4)[-1].values())).all()
     metrics, images = trained.eval() and trained.get_eval_image_metrics_and_images(0)
@@ -171,7 +171,7 @@ def test_transparent_pixels_are_white_to_the_encoders_and_black_to_the_colours(t
 
 
 @pytest.mark.parametrize("sizes", [((64, 48),), ((64, 48), (48, 64))], ids=["one size", "sizes"])
-def test_ignored_pixels_are_no_rays_and_teach_nothing(tmp_path, checkpoints, sizes):  # noqa: F811
+def test_ignored_pixels_are_no_rays_and_teach_nothing(tmp_path, checkpoints, sizes):
     cameras = shots(sizes=sizes)
     trained = pipeline(write_scene(tmp_path / "scene", cameras, masks=True), **checkpoints)
     assert np.isfinite(list(train(trained, 0, 4)[-1].values())).all()
@@ -183,7 +183,7 @@ def test_ignored_pixels_are_no_rays_and_teach_nothing(tmp_path, checkpoints, siz
         assert windows.seen.flatten().tolist() == [seen[view][y, x] for view, y, x in windows.indices.tolist()]
 
 
-def test_names_may_hold_spaces_other_scripts_and_what_file_systems_forbid(tmp_path, checkpoints):  # noqa: F811
+def test_names_may_hold_spaces_other_scripts_and_what_file_systems_forbid(tmp_path, checkpoints):
     scene = write_scene(tmp_path / "ma scène № 1", shots(), stem="gâteau δ {} (1)")
     names = [f'{name}: "a/b" ..\\{name}?' for name in NAMES]
     (scene / "segmentations" / "classes.txt").write_text("\n".join(names), encoding="utf-8")
@@ -237,7 +237,7 @@ PARSERS = {
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_other_dataparsers_work_unchanged(tmp_path, checkpoints, name):  # noqa: F811
+def test_other_dataparsers_work_unchanged(tmp_path, checkpoints, name):
     write, parser = PARSERS[name]
     cameras = shots()
     scene = write_scene(tmp_path / "scene", cameras, alpha=name == "blender")
