@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from ovs3d_nerfstudio.annotations import AnnotationError
 from ovs3d_nerfstudio.anomaly import AnomalyError
+from ovs3d_nerfstudio.checkpoints import CheckpointError
 from ovs3d_nerfstudio.demo.scene import DemoError
 from ovs3d_nerfstudio.encoders.base import EncoderError
 from ovs3d_nerfstudio.features.cache import CacheError
@@ -39,6 +40,7 @@ def user_errors() -> Iterator[None]:
         EncoderError,
         PictureError,
         CacheError,
+        CheckpointError,
         DemoError,
     ) as error:
         CONSOLE.quiet = False  # a rank but the first is quiet otherwise

@@ -7,17 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
+from jaxtyping import Float
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils import comms
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.anomaly import LossGuard
+from ovs3d_nerfstudio.checkpoints import CheckpointError, check_implementation
 from ovs3d_nerfstudio.datamanager import OVS3DDataManager, OVS3DDataManagerConfig
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, reason, token_encoder
 from ovs3d_nerfstudio.errors import CommandError, user_errors
@@ -32,12 +35,6 @@ from ovs3d_nerfstudio.prompts import choose_prompts
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
 # Its successor is not in the torch versions that nerfstudio supports.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-
-# torch ≥ 2.6 loads nothing but tensors and plain values unless told. nerfstudio's checkpoints hold NumPy scalars (the
-# schedulers' state) and nothing else beyond that, so these are all that is allowed; no code is ever loaded.
-torch.serialization.add_safe_globals(
-    [np.dtype, np.core.multiarray.scalar, *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)}]  # type: ignore[attr-defined]
-)
 
 SAMPLE_CELLS = 8192
 """Cells kept in a run to know the range of similarities in its scene."""
@@ -89,6 +86,7 @@ class OVS3DPipeline(VanillaPipeline):
         )
         self.chosen_prompts: list[str] = []
         self.run_folder: Path | None = None
+        self.optimizers: Optimizers | None = None
         with user_errors():
             if test_mode == "val":
                 data = self.datamanager.config.data
@@ -139,6 +137,8 @@ class OVS3DPipeline(VanillaPipeline):
         text = ranks.from_first(
             lambda: encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)
         )
+        # The encoders drew as many random numbers as it took to load what the cache lacked: the run shall not depend on it.
+        torch.manual_seed(torch.initial_seed())
         known = segmenter.ready and segmenter.prompts == self.chosen_prompts
         if segmenter.ready:
             basis = Basis(segmenter.basis.cpu(), float("nan"))
@@ -161,7 +161,7 @@ class OVS3DPipeline(VanillaPipeline):
         prompts = segmenter.project(segmenter.text)
         teachers.measure_ranges(prompts)
         if not known:
-            self.model.mixture.configure(prompts)
+            self._start_mixture(prompts)
         self.model.semantic_field.resize(basis.vectors.shape[1])
         if self.world_size > 1:
             # All go on from rank 0's buffers (which never change) and parameters (DDP copies them), whatever each drew
@@ -171,22 +171,31 @@ class OVS3DPipeline(VanillaPipeline):
         if self.run_folder is not None and self.chosen_prompts and comms.is_main_process():
             save_legend(self.run_folder / "legend.png", self.chosen_prompts, segmenter.colors.cpu())
 
+    def _start_mixture(self, prompts: Float[Tensor, "K C"]) -> None:
+        """Start the mixture for new prompts, and its optimizer with it: its state has the sizes of the old ones."""
+        self.model.mixture.configure(prompts)
+        state = self.optimizers.optimizers["patch_mixture"].state if self.optimizers is not None else {}
+        if state:
+            state.clear()
+            CONSOLE.print("The prompts are not the checkpoint's: how the encoder mixes classes is learned anew.")
+
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """As nerfstudio's, which would leave at random what a checkpoint lacks: here one of another version or another config
         ends the command with a sentence."""
-        try:
-            self.model.update_to_step(step)
-            self.load_state_dict(
-                {key.removeprefix("module."): value for key, value in loaded_state.items()}, strict=True
-            )
-            known, basis = self.model.semantic_field.dim, self.model.segmenter.basis
-            if basis.numel() and known != basis.shape[1]:
-                raise ValueError(
-                    f"it has {known} coefficients for a basis of {basis.shape[1]}: the number of scales differs"
+        with user_errors():
+            check_implementation(loaded_state, self.model.state_dict())
+            try:
+                self.model.update_to_step(step)
+                self.load_state_dict(
+                    {key.removeprefix("module."): value for key, value in loaded_state.items()}, strict=True
                 )
-        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
-            with user_errors():
-                raise CommandError(
+                known, basis = self.model.semantic_field.dim, self.model.segmenter.basis
+                if basis.numel() and known != basis.shape[1]:
+                    raise ValueError(
+                        f"it has {known} coefficients for a basis of {basis.shape[1]}: the number of scales differs"
+                    )
+            except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+                raise CheckpointError(
                     f"The checkpoint of step {step} does not fit its config ({reason(error, 3)}); open it with the config.yml that "
                     "was written beside it and the version of ovs3d_nerfstudio that trained it, or train again."
                 ) from error
@@ -195,6 +204,7 @@ class OVS3DPipeline(VanillaPipeline):
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
         trainer = training_callback_attributes.trainer
+        self.optimizers = training_callback_attributes.optimizers
         if trainer is not None:
             self.run_folder = trainer.base_dir
             if comms.is_main_process():
@@ -204,7 +214,8 @@ class OVS3DPipeline(VanillaPipeline):
 
     def get_train_loss_dict(self, step: int):
         if self.datamanager.teachers is None:
-            with user_errors():
+            device = torch.device(self.device)
+            with user_errors(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 self.prepare_features()
         ray_bundle, batch = self.datamanager.next_train(step)
         semantics = step >= self.config.model.semantics_start

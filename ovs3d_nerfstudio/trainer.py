@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from nerfstudio.configs.base_config import MachineConfig
-from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils import comms
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.anomaly import check_weights
 from ovs3d_nerfstudio.errors import CommandError, user_errors
+from ovs3d_nerfstudio.saving import SavingTrainer
 
 
 @dataclass
@@ -51,8 +52,8 @@ class OVS3DTrainerConfig(TrainerConfig):
         return Processes(config)
 
 
-class OVS3DTrainer(Trainer):
-    """nerfstudio's trainer; only rank 0 evaluates, and weights that are not finite are not saved."""
+class OVS3DTrainer(SavingTrainer):
+    """Only rank 0 evaluates, and weights that are not finite are not saved."""
 
     def eval_iteration(self, step: int) -> None:
         if comms.is_main_process():

@@ -134,10 +134,11 @@ class FeatureCache:
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A path in the same folder that becomes `path` when the block ends well and is removed when it does not."""
+def written_beside(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A path in the same folder, or in `folder`, that becomes `path` when the block ends well and is removed when it does
+    not."""
     # Nobody can have put a link where no name can be foreseen.
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    beside = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         yield beside
         os.replace(beside, path)
