@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast lint format clean
+.PHONY: install demo test test-fast soak lint format clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,11 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not slow and not browser"
+
+# Many times the faults that `make test` tries; writes their table into docs/reliability.md.
+SOAK ?= 20
+soak: install
+	OVS3D_SOAK=$(SOAK) $(BIN)/python -m pytest tests/test_fault_extraction.py tests/test_fault_training.py
 
 lint: install
 	$(BIN)/ruff check .

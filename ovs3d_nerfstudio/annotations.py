@@ -21,6 +21,7 @@ from ovs3d_nerfstudio.prompts import (
     CLASSES_FILE,
     PromptError,
     find_classes_file,
+    leads_out_of,
     prompt_key,
     read_classes_file,
 )
@@ -76,6 +77,9 @@ class Annotations:
         class_of = self._class_by_mask(classes_file)
         self._masks = {view: _list_masks(folder, class_of) for view, folder in _views_of(folders, images).items()}
         self.views = sorted(self._masks)
+        for path in (mask for masks in self._masks.values() for mask in masks.values()):
+            if leads_out_of(path, root.parent):
+                raise AnnotationError(f"The mask {path} is a link that leads out of the scene; copy the file there.")
 
     def labels(self, view: str, height: int, width: int) -> Int64[np.ndarray, "height width"]:
         """The class of each pixel of a view, -1 where no mask is white.

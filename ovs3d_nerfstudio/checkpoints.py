@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ovs3d_nerfstudio.encoders.base import reason
 from ovs3d_nerfstudio.features.cache import written_beside
 
 TINY_CUDA_NN = "pip install git+https://github.com/NVlabs/tiny-cuda-nn/#subdirectory=bindings/torch"
@@ -56,25 +57,28 @@ def write_checkpoint(path: Path, state: dict) -> None:
             torch.save(_plain(state), file)
             file.flush()
             os.fsync(file.fileno())
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):  # torch hides it behind an error of its own
+            cause = cause.__context__
+        why = (cause and cause.strerror) or reason(error)
         raise CheckpointError(f"The checkpoint {path} cannot be written ({why}); make room there.") from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU; no code in it is run.
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU; no code in it is run. With `mmap` weights stay on the disk until they are used.
 
     Raises CheckpointError when there is none, or it is torn, holds more than tensors and plain values, or is no checkpoint.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}; name a step or a file that is there.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")[:200]
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"The checkpoint {path} cannot be read: it is damaged, or holds more than tensors and plain values ({why}); "
-            "name another one."
+            f"The checkpoint {path} cannot be read: it is damaged, or holds more than tensors and plain values ({reason(error)}); "
+            "name another one, or remove it, so that the one before it is taken."
         ) from error
     if not isinstance(state, dict) or not {"step", "pipeline"} <= state.keys():
         raise CheckpointError(f"{path} is no checkpoint of a training; name a step-….ckpt that ns-train wrote.")
@@ -97,6 +101,16 @@ def check_implementation(saved: Iterable[str], wanted: Iterable[str]) -> None:
             "This run was trained without tiny-cuda-nn, but is opened with it; write `implementation: torch` under "
             "`model:` in its config.yml."
         )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Has the names in a folder on disk, so that none is deleted there before another has come."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _plain(value: Any) -> Any:

@@ -80,10 +80,22 @@ def find_classes_file(data: Path) -> Path | None:
 
     Args:
         data: the scene's folder, or a file in it such as `transforms.json`.
+
+    Raises:
+        PromptError: it is a link that leads out of the scene.
     """
     folder = data.parent if data.is_file() else data
     path = folder / CLASSES_FILE
-    return path if path.is_file() else None
+    if not path.is_file():
+        return None
+    if leads_out_of(path, folder):
+        raise PromptError(f"{path} is a link that leads out of the scene, to {path.resolve()}; copy the file there.")
+    return path
+
+
+def leads_out_of(path: Path, folder: Path) -> bool:
+    """Whether links take `path` to a place outside `folder`, wherever that itself may be linked from."""
+    return not path.resolve().is_relative_to(folder.resolve())
 
 
 def read_classes_file(path: Path) -> list[str]:

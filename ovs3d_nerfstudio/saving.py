@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from nerfstudio.engine.trainer import Trainer
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -26,31 +25,24 @@ from ovs3d_nerfstudio.checkpoints import (
     write_checkpoint,
 )
 from ovs3d_nerfstudio.errors import user_errors
-from ovs3d_nerfstudio.features.cache import written_beside
 
 
 class SavingTrainer(Trainer):
     """nerfstudio's trainer, with whole checkpoints and a resuming that repeats nothing."""
 
-    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
-        super().setup(test_mode)
-        if self.local_rank == 0:
-            self.base_dir.mkdir(parents=True, exist_ok=True)
-            # Once more, as the model has chosen its implementation now: the run opens with the same one elsewhere.
-            with written_beside(self.base_dir / "config.yml") as beside:
-                beside.write_text(yaml.dump(self.config), "utf8")
-
     def train(self) -> None:
         """Trains up to `max_num_iterations` steps in all, counted from the first one of a run that is resumed."""
-        self.step = max(0, self._start_step - 1)
-        left = max(0, self.config.max_num_iterations - self._start_step)
-        if not left:
-            CONSOLE.print(
-                f"There is nothing left to train: the checkpoint is of step {self.step}, and --max-num-iterations "
-                f"{self.config.max_num_iterations} counts from the first step. Raise it to train on."
-            )
-        self.config.max_num_iterations = left
-        super().train()
+        left = self.config.max_num_iterations - self._start_step
+        if left > 0:
+            self.config.max_num_iterations = left
+            super().train()
+            return
+        self.step, self.training_state = self._start_step - 1, "completed"
+        self.save_checkpoint(self.step)  # this run's folder may be another than the checkpoint's
+        CONSOLE.print(
+            f"There is nothing left to train: the checkpoint is of step {self.step}, and --max-num-iterations "
+            f"{self.config.max_num_iterations} counts from the first step. Raise it to train on."
+        )
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
@@ -82,7 +74,7 @@ class SavingTrainer(Trainer):
             "scalers": self.grad_scaler.state_dict(),
             # Beyond nerfstudio's: with these a resumed run draws the rays and samples that it would have drawn.
             "random": random_state(),
-            "sampler": {"_step": sampler._step, "_steps_since_update": sampler._steps_since_update},
+            "sampler": (sampler._step, sampler._steps_since_update),
         }
 
     def _load_checkpoint(self) -> None:
@@ -116,8 +108,9 @@ class SavingTrainer(Trainer):
         if state.get("scalers"):  # empty from a run without mixed precision, as on a CPU
             self.grad_scaler.load_state_dict(state["scalers"])
         self._start_step = state["step"] + 1
-        for name, value in state.get("sampler", {}).items():
-            setattr(self.pipeline.model.proposal_sampler, name, value)
+        if "sampler" in state:
+            sampler = self.pipeline.model.proposal_sampler
+            sampler._step, sampler._steps_since_update = state["sampler"]
         # Ranks of one run must not all draw what rank 0 drew.
         if "random" in state and self.world_size == 1:
             set_random_state(state["random"])

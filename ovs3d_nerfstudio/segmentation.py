@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ovs3d_nerfstudio.annotations import mask_stem
 from ovs3d_nerfstudio.palette import colors_for
 from ovs3d_nerfstudio.renderers import LEAST_LENGTH
 
@@ -110,10 +111,12 @@ class Segmenter(nn.Module):
         return stretched(similarities, *self.range)
 
     def output_names(self) -> list[str]:
-        """One name a prompt for its relevancy map; nerfstudio reads "rgb" in a name as colour, so it must not occur."""
+        """One name a prompt for its relevancy map. nerfstudio reads "rgb" in a name as colour, so it must not occur, and
+        makes folders of names, so they must not lead out of one."""
         names: list[str] = []
         for prompt in self.prompts:
-            base = "relevancy_" + "_".join(re.sub("rgb", "r-g-b", prompt, flags=re.IGNORECASE).split())
+            words = "_".join(mask_stem(prompt)[:80].split())
+            base = "relevancy_" + re.sub("rgb", "r-g-b", words, flags=re.IGNORECASE)
             name, n = base, 2
             while name in names:
                 name, n = f"{base}_{n}", n + 1

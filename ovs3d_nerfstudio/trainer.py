@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
 from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils import comms
@@ -25,6 +26,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.anomaly import check_weights
 from ovs3d_nerfstudio.errors import CommandError, user_errors
+from ovs3d_nerfstudio.features.cache import written_beside
 from ovs3d_nerfstudio.saving import SavingTrainer
 
 
@@ -35,8 +37,14 @@ class OVS3DTrainerConfig(TrainerConfig):
     _target: type = field(default_factory=lambda: OVS3DTrainer)
 
     def save_config(self) -> None:
-        """Saves the config; then hides from nerfstudio's launcher, which reads it next, that there are several devices."""
-        super().save_config()
+        """Saves the config, whole or not at all; then hides from nerfstudio's launcher, which reads it next, that there are several devices."""
+        datamanager: Any = self.pipeline.datamanager
+        # nerfstudio leaves a tensor here, which YAML could only hold as a call.
+        datamanager.pixel_sampler.is_equirectangular = bool(datamanager.pixel_sampler.is_equirectangular)
+        folder = self.get_base_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_beside(folder / "config.yml") as beside:
+            beside.write_text(yaml.dump(self), encoding="utf-8")
         machine = self.machine
         if machine.num_devices * machine.num_machines > 1 and ranks.count() == 1:  # not in the processes themselves
             self.machine, self.real_machine = replace(machine, num_devices=1, num_machines=1), machine

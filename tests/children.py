@@ -5,16 +5,34 @@ A test hands a function of this file to `start`; it runs in a process of its own
 
 from __future__ import annotations
 
+import copy
+import itertools
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["children", "nerfstudio.scripts.train", "ovs3d_nerfstudio.encoders.offline"])
+CONTEXT.set_forkserver_preload(
+    [
+        "children",
+        "nerfstudio.scripts.train",
+        "torch.utils.tensorboard",
+        "torchmetrics.image.lpip",
+        "open_clip",
+        "transformers.models.vit.modeling_vit",
+    ]
+)
+
+TINY_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 
 
 @dataclass
@@ -44,6 +62,7 @@ class Child:
 
 
 def start(log: Path, work: Callable, *args, **kwargs) -> Child:
+    log.touch()
     process = CONTEXT.Process(target=_run, args=(log, work, args, kwargs))
     process.start()
     return Child(process, log)
@@ -57,17 +76,79 @@ def _run(log: Path, work: Callable, args: tuple, kwargs: dict) -> None:
     work(*args, **kwargs)
 
 
-def train(scene: Path, out: Path, steps: int, save: int, load_dir: Path | None = None, **settings) -> None:
-    """`ns-train ovs3d-lite` with small grids; a dot in a setting's name is `__`."""
-    from copy import deepcopy
+def write_weights(folder: Path) -> dict[str, str]:
+    """Small CLIP and DINO checkpoints of random weights; their specs."""
+    import open_clip
+    import torch
+    from transformers import ViTConfig, ViTModel
 
+    open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"] = TINY_CLIP
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-ovs3d", pretrained=None).state_dict(), folder / "clip.pt")
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(**size, patch_size=8, image_size=64)).save_pretrained(folder / "dino")
+    del open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"]
+    return specs(folder)
+
+
+def specs(folder: Path) -> dict[str, str]:
+    return {
+        "pipeline__image_text_encoder": f"open_clip:tiny-ovs3d@{folder / 'clip.pt'}",
+        "pipeline__token_encoder": f"dino:{folder / 'dino'}",
+    }
+
+
+def die_at(operation: int, folder: Path) -> None:
+    """kill -9 just before the given file operation (opening, renaming, removing, making a folder) below `folder`."""
+    seen = 0
+
+    def count(event: str, args: tuple) -> None:
+        nonlocal seen
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(args[0]).startswith(str(folder)):
+            seen += 1
+            if seen == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def extract(pictures: list[Path], weights: Path, cache: Path, begun: Path, die: int = 0) -> None:
+    """Features of `pictures` with the small encoders; writes the name of each picture to `begun` when it is embedded."""
+    import open_clip
+    from rich.console import Console
+
+    from ovs3d_nerfstudio.encoders.dino import DinoEncoder
+    from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder
+    from ovs3d_nerfstudio.errors import user_errors
+    from ovs3d_nerfstudio.features.extraction import extract
+
+    class Clip(OpenClipEncoder):
+        def embed_boxes(self, picture, boxes, path):
+            with begun.open("a") as file:
+                file.write(f"{path.name}\n")
+            return super().embed_boxes(picture, boxes, path)
+
+    open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"] = TINY_CLIP
+    clip, dino = (spec.partition(":")[2] for spec in specs(weights).values())
+    encoders = Clip(clip, "cpu"), DinoEncoder(dino, "cpu")
+    if die:
+        die_at(die, cache)
+    with user_errors():
+        extract(pictures, *encoders, (2.0,), cache, Console(file=sys.__stdout__, width=200))
+
+
+def configured(scene: Path, out: Path, steps: int, **settings):
+    """The config of `ovs3d-lite` with small grids and, by `settings`, the small encoders; a dot in a name is `__`."""
+    import open_clip
     from nerfstudio.configs.method_configs import all_methods
-    from nerfstudio.scripts.train import main
 
-    config = deepcopy(all_methods["ovs3d-lite"])
-    config.data, config.output_dir, config.experiment_name, config.timestamp = scene, out, "run", "t"
-    config.max_num_iterations, config.steps_per_save, config.load_dir, config.vis = steps, save, load_dir, "tensorboard"
+    open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"] = TINY_CLIP
+    config = copy.deepcopy(all_methods["ovs3d-lite"])
+    config.data = config.pipeline.datamanager.data = scene
+    config.output_dir, config.experiment_name, config.timestamp = out, "run", "t"
+    config.max_num_iterations, config.vis = steps, "tensorboard"
     config.pipeline.datamanager.train_num_rays_per_batch = 64
+    config.pipeline.datamanager.scales = (2.0, 3.0)
     config.pipeline.datamanager.window_size = 4
     model = config.pipeline.model
     model.log2_hashmap_size = model.semantic_log2_hashmap_size = 11
@@ -79,8 +160,51 @@ def train(scene: Path, out: Path, steps: int, save: int, load_dir: Path | None =
         for part in place:
             target = getattr(target, part)
         setattr(target, last, value)
+    return config
+
+
+def train(
+    scene: Path,
+    out: Path,
+    steps: int,
+    save: int,
+    load_dir: Path | None = None,
+    die_in_save: tuple[int, int] = (0, 0),
+    **settings,
+) -> None:
+    """`ns-train` with a `configured` config; writes its steps to `steps.txt`.
+
+    `die_in_save`: which save, and before which of its file operations; see `die_at`.
+    """
+    from nerfstudio.scripts.train import main
+
+    from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+    from ovs3d_nerfstudio.saving import SavingTrainer
+
+    config = configured(scene, out, steps, **settings)
+    config.steps_per_save, config.load_dir = save, load_dir
+    train_step = OVS3DPipeline.get_train_loss_dict
+
+    def logged(self, step):
+        with (out / "steps.txt").open("a") as file:
+            file.write(f"{step}\n")
+        return train_step(self, step)
+
+    OVS3DPipeline.get_train_loss_dict = logged  # type: ignore[method-assign]
+    save_checkpoint, saves = SavingTrainer.save_checkpoint, itertools.count(1)
+
+    def dying(self, step):
+        if next(saves) == die_in_save[0]:
+            die_at(die_in_save[1], out)
+        save_checkpoint(self, step)
+
+    SavingTrainer.save_checkpoint = dying
     main(config)
 
 
 def run_folder(out: Path) -> Path:
     return out / "run" / "ovs3d-lite" / "t"
+
+
+def checkpoint_folder(out: Path) -> Path:
+    return run_folder(out) / "nerfstudio_models"

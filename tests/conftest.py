@@ -4,10 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import children
 import pytest
 from bad_input import make_small_scene
+from children import TINY_CLIP as CLIP
+from tally import Tally
 
 from ovs3d_nerfstudio.demo.scene import make_scene
 
@@ -22,12 +26,6 @@ class Blocked:
             raise ImportError(name + " was made unavailable by the test")
 sys.meta_path.insert(0, Blocked())
 """
-
-CLIP = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 
 
 def command(*words, cwd: Path, env: dict | None = None, ok: bool = True) -> subprocess.CompletedProcess:
@@ -92,22 +90,36 @@ def small(pristine, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
+def checkpoints(weights):
     """Specs of an open_clip file and a transformers folder with random weights."""
     import open_clip
-    import torch
-    from transformers import ViTConfig, ViTModel
 
-    folder = tmp_path_factory.mktemp("checkpoints")
     open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"] = CLIP
-    torch.save(open_clip.create_model("tiny-ovs3d", pretrained=None).state_dict(), folder / "clip.pt")
-    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    ViTModel(ViTConfig(**size, patch_size=8, image_size=64)).save_pretrained(folder / "dino")
-    yield {
-        "image_text_encoder": f"open_clip:tiny-ovs3d@{folder / 'clip.pt'}",
-        "token_encoder": f"dino:{folder / 'dino'}",
-    }
+    yield {name.removeprefix("pipeline__"): spec for name, spec in children.specs(weights).items()}
     del open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"]
+
+
+@pytest.fixture(scope="session")
+def soak() -> int:
+    """How many times as many faults as in the short form are tried (`make soak`)."""
+    return int(os.environ.get("OVS3D_SOAK", "1"))
+
+
+@pytest.fixture(scope="session")
+def tally() -> Iterator[Tally]:
+    """Counts the faults that are tried; `make soak` writes the counts into docs/reliability.md."""
+    counts = Tally()
+    yield counts
+    if "OVS3D_SOAK" in os.environ:
+        counts.write(Path(__file__).parent.parent / "docs" / "reliability.md")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """The folder of the encoders' weights for `children`."""
+    folder = tmp_path_factory.mktemp("weights")
+    children.write_weights(folder)
+    return folder
 
 
 @pytest.fixture

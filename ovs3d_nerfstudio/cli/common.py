@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,8 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
 
+from ovs3d_nerfstudio.checkpoints import checkpoints, read_checkpoint
+from ovs3d_nerfstudio.cli.run_config import RunLoader
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, reason
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.cache import written_beside
@@ -36,6 +37,7 @@ def open_run(
 
     Raises:
         CommandError: no such config, one of another method, no checkpoint, no data, or a run without features.
+        CheckpointError: the checkpoint cannot be read or does not fit.
     """
     if load_config.is_dir():
         load_config = load_config / "config.yml"
@@ -54,17 +56,18 @@ def open_run(
         if not place.exists():
             raise CommandError(f"The run's data, {place}, is not there; put it back, or say with --data where it is.")
         config.relative_model_dir = (load_config.parent / config.relative_model_dir).resolve()
-        checkpoints = sorted(config.relative_model_dir.glob("step-*.ckpt"))
-        if not checkpoints:
+        saved = checkpoints(config.relative_model_dir)
+        if not saved:
             raise CommandError(
                 f"There is no checkpoint in {config.relative_model_dir}; train until the first one is saved."
             )
-        check_checkpoint(checkpoints[-1])
+        # Whole, and without code: nerfstudio, which reads it next, would run it with torch < 2.6.
+        read_checkpoint(saved[0], mmap=True)
         return config
 
     remedy = f"name the config.yml of a run that this version of {known} trained."
     try:
-        written = yaml.load(load_config.read_text(), Loader=yaml.Loader)
+        written = yaml.load(load_config.read_text(), Loader=RunLoader)
     except (yaml.YAMLError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
         raise CommandError(f"{load_config} cannot be opened ({reason(error, 2)}); {remedy}") from error
     if not isinstance(written, TrainerConfig) or written.method_name not in all_methods:
@@ -75,18 +78,6 @@ def open_run(
     if not pipeline.model.segmenter.ready:
         raise CommandError(f"{checkpoint} holds no features yet; train beyond the start of the semantic losses.")
     return config, pipeline, checkpoint, step
-
-
-def check_checkpoint(path: Path) -> None:
-    """Raises CommandError when a file is no checkpoint; looks at its table of contents, not at the weights."""
-    try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        lacking = sorted({"pipeline", "step"} - set(saved if isinstance(saved, dict) else ()))
-        said = f"it lacks {' and '.join(lacking)}" if lacking else ""
-    except (UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        said = reason(error)
-    if said:
-        raise CommandError(f"{path} is no checkpoint ({said}); remove it, so that the one before it is taken.")
 
 
 def our_methods() -> dict[str, OVS3DPipelineConfig]:

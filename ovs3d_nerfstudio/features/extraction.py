@@ -28,9 +28,10 @@ from torch import Tensor
 
 from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder, pool_boxes
-from ovs3d_nerfstudio.features.cache import FeatureCache, picture_key
+from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache, picture_key
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
 from ovs3d_nerfstudio.pictures import PictureError, picture_size, read_picture
+from ovs3d_nerfstudio.prompts import leads_out_of
 
 ClipFeatures = Literal["patches", "dense"]
 """What a patch's embedding is: that of its crop (3D-OVS), or the mean of the picture's dense features inside it."""
@@ -217,5 +218,15 @@ def _rate(progress: Progress, task) -> str:
 
 
 def default_cache_dir(data: Path) -> Path:
-    """Features lie beside the pictures unless `data` is a file, then beside that file."""
-    return (data if data.is_dir() else data.parent) / ".ovs3d-cache"
+    """Features lie beside the pictures unless `data` is a file, then beside that file.
+
+    Raises CacheError when that is a link that leads elsewhere: no data set says where we write.
+    """
+    folder = data if data.is_dir() else data.parent
+    cache = folder / ".ovs3d-cache"
+    if leads_out_of(cache, folder):
+        raise CacheError(
+            f"{cache} is a link that leads out of the data; if you mean it, give --pipeline.datamanager.feature-cache-dir "
+            f"{cache.resolve()}."
+        )
+    return cache

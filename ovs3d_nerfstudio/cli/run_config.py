@@ -1,0 +1,55 @@
+"""Reading the config.yml of a run that somebody else may have written.
+
+nerfstudio reads it with PyYAML's unsafe loader, which calls whatever the file names. `RunLoader` builds what the configs of
+nerfstudio, of ours and of installed plugins are made of (dataclasses, paths, enumerations) and refuses the rest, so a file
+that it has read is safe to be read again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import PurePath
+from typing import Any, NoReturn
+
+import yaml
+
+FUNCTIONS = {"nerfstudio.data.utils.nerfstudio_collate.nerfstudio_collate"}
+"""The functions that a config names."""
+
+
+class RunLoader(yaml.Loader):
+    """PyYAML's loader for Python objects, for those of a run's config only. Raises yaml.YAMLError for others."""
+
+    def find_python_module(self, name: str, mark: Any) -> NoReturn:
+        self._refuse(name, mark)
+
+    def find_python_name(self, name: str, mark: Any) -> Any:
+        """A class of a config, its targets and its values."""
+        if name.partition(".")[0] not in packages() and not name.startswith("torch.optim."):
+            self._refuse(name, mark)
+        found = super().find_python_name(name, mark)
+        if not isinstance(found, type) and name not in FUNCTIONS:
+            self._refuse(name, mark)
+        return found
+
+    def make_python_instance(self, suffix: str, node: Any, args=None, kwds=None, newobj: bool = False) -> Any:
+        """A config without arguments, or a path or member of an enumeration of its arguments."""
+        found = self.find_python_name(suffix, node.start_mark)
+        plain = isinstance(found, type) and issubclass(found, PurePath | Enum)
+        if not (plain or (newobj and is_dataclass(found) and not args and not kwds)):
+            self._refuse(suffix, node.start_mark)
+        return super().make_python_instance(suffix, node, args, kwds, newobj)
+
+    def _refuse(self, name: str, mark: Any) -> NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, f"{name} is no part of a run's config", mark)
+
+
+@cache
+def packages() -> frozenset[str]:
+    """Top-level packages whose classes a config may name: nerfstudio, its plugins (ours among them), and pathlib."""
+    groups = ("nerfstudio.method_configs", "nerfstudio.dataparser_configs")
+    plugins = {entry.module.partition(".")[0] for group in groups for entry in entry_points(group=group)}
+    return frozenset({"nerfstudio", "pathlib", *plugins})
