@@ -52,23 +52,25 @@ def fda_loss(
     log_p: Float[Tensor, "W T C"],
     tokens: Float[Tensor, "W T E"],
     pairs: Int[Tensor, "2 W P"],
-    seen: Bool[Tensor, "W T"],
     shift: float,
     divergence: Divergence = "js",
     rebalance: bool = True,
+    seen: Bool[Tensor, "W T"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Feature-distribution alignment (3D-OVS eq. 6–8) over token pairs of windows: its positive and negative part.
 
     With g = cos(d_a, d_b) − `shift` and j the divergence of p_a and p_b, the parts are Σ g⁺ j / #(g⁺ ≠ 0) and
     Σ g⁻ j / #(g⁻ ≠ 0): alike tokens should agree (positive), unlike ones differ (negative, which is ≤ 0). Dividing each
     by its own count is the re-balancing; without it both are divided by the number of pairs. Pairs with a token that is not
-    `seen` count for nothing.
+    `seen` count for nothing; by default all are.
     """
     a, b = pairs
     window = torch.arange(len(log_p), device=log_p.device)[:, None]
     # All cosines of a window at once: a product of matrices is cheaper than gathering two wide tokens for every pair.
     unit = F.normalize(tokens, dim=-1)
-    g = ((unit @ unit.mT)[window, a, b] - shift) * (seen[window, a] & seen[window, b])
+    g = (unit @ unit.mT)[window, a, b] - shift
+    if seen is not None:
+        g = g * (seen[window, a] & seen[window, b])
     j = {"js": js_divergence, "kl": kl_divergence}[divergence](log_p[window, a], log_p[window, b])
     positive, negative = g.clamp(min=0), g.clamp(max=0)
     count_p = (positive > 0).sum().clamp(min=1) if rebalance else g.numel()

@@ -20,6 +20,7 @@ from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 from torch import Tensor, nn
 
 from ovs3d_nerfstudio import losses
+from ovs3d_nerfstudio.capture import NERFACTO_NEAR, THIN_DENSITY
 from ovs3d_nerfstudio.evaluation import Evaluator
 from ovs3d_nerfstudio.features.teachers import Windows
 from ovs3d_nerfstudio.field import LInfContraction, SemanticField
@@ -151,7 +152,8 @@ class OVS3DModel(NerfactoModel):
     def _choose_start(self) -> None:
         """Sets what the config leaves to the capture."""
         config = self.config
-        density, near = self.kwargs["metadata"]["capture"].start()
+        capture = self.kwargs["metadata"].get("capture")  # none where no datamanager of ours made the model
+        density, near = capture.start() if capture is not None else (THIN_DENSITY, NERFACTO_NEAR)
         config.average_init_density = density if config.average_init_density is None else config.average_init_density
         config.near_plane = near if config.near_plane is None else config.near_plane
 
@@ -305,7 +307,13 @@ class OVS3DModel(NerfactoModel):
             log_p = (scores / self.fda_temperature()).log_softmax(-1).view(*tokens.shape[:2], -1)
             pairs = losses.sample_pairs(len(tokens), tokens.shape[1], config.fda_pairs, tokens.device)
             positive, negative = losses.fda_loss(
-                log_p, tokens, pairs, windows.seen, config.fda_shift, config.fda_divergence, config.fda_rebalance
+                log_p,
+                tokens,
+                pairs,
+                config.fda_shift,
+                config.fda_divergence,
+                config.fda_rebalance,
+                windows.seen,
             )
             result["fda_positive_loss"] = config.fda_positive_mult * positive
             result["fda_negative_loss"] = config.fda_negative_mult * negative

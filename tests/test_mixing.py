@@ -26,7 +26,7 @@ def simulated(prompts, weights, offset, aperture, side=16, patches=300, seed=0):
         seen = rows[p, :, None] * cols[p] * torch.exp(-aperture * (u[:, None] ** 2 + v**2))
         embeddings.append((seen[..., None] * truth).sum((0, 1)))
     group = PatchGroup(rows, cols, F.normalize(torch.stack(embeddings), dim=-1))
-    return labels, Windows(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0), [group], side)
+    return labels, Windows(torch.zeros(0, 3), torch.zeros(0), [group], side)
 
 
 def test_weights_offset_and_aperture_of_an_encoder_are_found():

@@ -43,12 +43,12 @@ class Windows:
     """View, pixel row, pixel column of each ray, window by window, row by row; n = W·T·T."""
     tokens: Float[Tensor, "W TT E"]
     """The token that each ray lies in."""
-    seen: Bool[Tensor, "W TT"]
-    """Whether each ray's pixel counts; the others are ignored by the view's mask."""
     patches: list[PatchGroup]
     """One group a window."""
     side: int
     """T, rays along a window's side."""
+    seen: Bool[Tensor, "W TT"] | None = None
+    """Whether each ray's pixel counts; the others are ignored by the view's mask. None: all count."""
 
 
 class Teachers:
@@ -169,22 +169,22 @@ class Teachers:
             place = (jittered + torch.tensor([top, left])) / torch.tensor([h, w])
             pixel = (place * sizes[view]).long().minimum(sizes[view] - 1)
             indices.append(torch.cat([torch.full((rays * rays, 1), view), pixel], 1))
-            seen.append(self._seen_at(view, place))
+            if self._seen is not None:
+                seen.append(self._seen_at(view, place))
             patches.append(
                 self._patches_inside(view, torch.tensor([left / w, top / h]), torch.tensor([side / w, side / h]), rays)
             )
         return Windows(
             torch.cat(indices).to(self.device),
             torch.stack(tokens).to(self.device, torch.float32),
-            torch.stack(seen).to(self.device),
             patches,
             rays,
+            torch.stack(seen).to(self.device) if self._seen is not None else None,
         )
 
     def _seen_at(self, view: int, place: Float[Tensor, "n 2"]) -> Bool[Tensor, " n"]:
         """Whether the pixels at these shares (y, x) of a view's height and width count."""
-        if self._seen is None:
-            return torch.ones(len(place), dtype=torch.bool)
+        assert self._seen is not None, "only views with masks are asked"
         size = torch.tensor(self._mask_sizes[view])
         row, col = (place * size).long().minimum(size - 1).unbind(-1)
         return self._seen[self._mask_starts[view] + row * size[1] + col]
