@@ -97,7 +97,7 @@ def test_code_in_a_checkpoint_is_not_run(run, weights, tmp_path, mark, ovs3d):
     torch.save({**state, "more": Code(mark)}, path)
     with pytest.raises(CheckpointError, match="more than tensors"):
         read_checkpoint(path)
-    status, said = ovs3d("eval", "--load-config", folder / "config.yml", "--output-path", tmp_path / "out")
+    status, said = ovs3d("eval", "--load-config", folder / "config.yml", "--output-path", tmp_path / "out.json")
     assert status == 1 and "more than tensors" in said
     (tmp_path / "again").mkdir()
     settings = {"load_dir": path.parent, **children.specs(weights)}
@@ -127,9 +127,9 @@ def test_code_in_a_config_is_not_run_by_our_commands(run, tmp_path, mark, ovs3d)
     ):
         config.write_text(good.replace("project_name: nerfstudio-project", f"project_name: {value}"))
         assert config.read_text() != good
-        status, said = ovs3d("eval", "--load-config", config, "--output-path", tmp_path / "out")
+        status, said = ovs3d("eval", "--load-config", config, "--output-path", tmp_path / "out.json")
         assert status == 1 and "no part of a run's config" in said, value
-    assert not mark.exists() and not (tmp_path / "out").exists()
+    assert not mark.exists() and not (tmp_path / "out.json").exists()
 
 
 def test_code_in_the_weights_of_an_encoder_is_not_run(weights, tmp_path, mark):
