@@ -109,6 +109,12 @@ class _Asking:
 class RenderDataset(_Asking, render.DatasetRender):
     """Render the photos' own views: OUTPUT_PATH/SPLIT has a folder for each output, labels and segmentations."""
 
+    def main(self) -> None:
+        """As ns-render's, whose `--downscale-factor 2` would look for photos in images_2.0."""
+        if self.downscale_factor is not None and self.downscale_factor == round(self.downscale_factor):
+            self.downscale_factor = round(self.downscale_factor)
+        super().main()
+
     def folders(self, pipeline: OVS3DPipeline) -> Iterator[tuple[Path, Path]]:
         for split in self.split.split("+"):
             photos = pipeline.datamanager.dataparser.get_dataparser_outputs(split).image_filenames
