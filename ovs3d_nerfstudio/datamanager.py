@@ -16,7 +16,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ovs3d_nerfstudio.capture import capture_of
-from ovs3d_nerfstudio.dataset import OVS3DDataset
+from ovs3d_nerfstudio.dataset import LenientDataset, OVS3DDataset
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
 from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.features.basis import Basis
@@ -66,16 +66,38 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
 
     Pixels that a view's mask (`mask_path`) ignores are no rays, and teach nothing in the semantic losses.
 
-    Nothing is extracted before `extract_features` is called: a viewer or a render never needs features.
+    Nothing is extracted before `extract_features` is called: a viewer or a render never needs features, nor photos.
     """
 
     config: OVS3DDataManagerConfig
     teachers: Teachers | None = None
 
-    def __init__(self, config: OVS3DDataManagerConfig, *args: Any, **kwargs: Any):
+    def __init__(self, config: OVS3DDataManagerConfig, *args: Any, test_mode: str = "val", **kwargs: Any):
         """Data that cannot be used ends the command with a sentence, here because ns-render builds no pipeline for it."""
-        with user_errors(), readable_scene(config.dataparser, Path(config.data or config.dataparser.data)):
-            super().__init__(config, *args, **kwargs)
+        parser = config.dataparser
+        with user_errors(), readable_scene(parser, Path(config.data or parser.data)):
+            try:
+                super().__init__(config, *args, test_mode=test_mode, **kwargs)  # type: ignore[arg-type]
+            except FileNotFoundError:
+                if test_mode == "val" or getattr(parser, "downscale_factor", 1) is not None:
+                    raise
+                # nerfstudio's parser looks at the first photo to choose a size, which matters only to whoever reads photos.
+                parser.downscale_factor = 1  # type: ignore[attr-defined]
+                super().__init__(config, *args, test_mode=test_mode, **kwargs)  # type: ignore[arg-type]
+        if isinstance(self.train_dataset, LenientDataset) and (missing := self.train_dataset.missing()):
+            CONSOLE.print(
+                f"{len(missing)} of {len(self.train_dataset)} training photos are not there; they are shown grey."
+            )
+
+    @property
+    def dataset_type(self) -> type[OVS3DDataset]:
+        return OVS3DDataset if self.test_mode == "val" else LenientDataset
+
+    def require_eval_photos(self) -> None:
+        """Raises PictureError when a photo to compare with is not there."""
+        dataset = self.eval_dataset
+        if isinstance(dataset, LenientDataset) and (missing := dataset.missing()):
+            raise PictureError(f"The photo {missing[0]} is not there to compare with; put it back, or name other data.")
 
     def create_train_dataset(self) -> OVS3DDataset:
         """The training photos, whose cameras and headers have been looked at."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from PIL import Image
@@ -30,3 +32,21 @@ class OVS3DDataset(InputDataset):
             size = [int(side * self.scale_factor) for side in picture.size]
             picture = picture.resize((size[0], size[1]), Image.Resampling.BILINEAR)
         return np.array(picture)
+
+
+class LenientDataset(OVS3DDataset):
+    """A dataset for looking at a run: a photo that is not there is grey."""
+
+    def missing(self) -> list[Path]:
+        """The photos that are not there."""
+        return [path for path in self.image_filenames if not path.is_file()]
+
+    def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict:
+        if self.image_filenames[image_idx].is_file():
+            return super().get_data(image_idx, image_type)
+        size = int(self.cameras.height[image_idx]), int(self.cameras.width[image_idx])
+        grey = torch.full((*size, 3), 127, dtype=torch.uint8)
+        data = {"image_idx": image_idx, "image": grey if image_type == "uint8" else grey / 255}
+        if self._dataparser_outputs.mask_filenames is not None:
+            data["mask"] = torch.ones(*size, 1, dtype=torch.bool)
+        return data

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +16,15 @@ import psutil
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components.scene_colliders import NearFarCollider
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 from torch import Tensor, nn
 
 from ovs3d_nerfstudio import losses
+from ovs3d_nerfstudio.answers import Answering, Answers, Question
 from ovs3d_nerfstudio.capture import NERFACTO_NEAR, THIN_DENSITY
 from ovs3d_nerfstudio.evaluation import Evaluator
 from ovs3d_nerfstudio.features.teachers import Windows
@@ -27,7 +32,7 @@ from ovs3d_nerfstudio.field import LInfContraction, SemanticField
 from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids
 from ovs3d_nerfstudio.mixing import PatchMixture
 from ovs3d_nerfstudio.renderers import Semantics, composite, top_samples
-from ovs3d_nerfstudio.segmentation import Segmenter, stretched
+from ovs3d_nerfstudio.segmentation import ClassScores, Segmenter, stretched
 
 
 @dataclass
@@ -99,7 +104,7 @@ class OVS3DModelConfig(NerfactoModelConfig):
     """Divide each part of FDA by its own count of pairs (3D-OVS §3.3)."""
     fda_pairs: int = 16384
     """Pairs drawn in each window; memory of FDA is windows × pairs × classes."""
-    class_scores: Literal["cosine", "relevancy"] = "cosine"
+    class_scores: ClassScores = "cosine"
     """What classes are compared by: cosines (3D-OVS), or cosines stretched by each prompt's range over the scene."""
     overlay_opacity: float = 0.6
     """Opacity of the segmentation over the photo in `segmentation_overlay`."""
@@ -113,6 +118,8 @@ class OVS3DModel(NerfactoModel):
     config: OVS3DModelConfig
     evaluator: Evaluator | None = None
     """Set by the pipeline where the data has masks: what `get_image_metrics_and_images` reports labels to."""
+    batches: int = 0
+    """Batches of rays trained on by this object: tells whether a view kept by the viewer is of today's weights."""
 
     def populate_modules(self) -> None:
         config = self.config
@@ -146,6 +153,12 @@ class OVS3DModel(NerfactoModel):
             for module in self.modules():
                 if isinstance(module, FastHashEncoding):
                     module.position_gradients = needed
+        # What the current call of `forward` is about: one for each thread, as the viewer renders in threads of its own.
+        self._call = threading.local()
+        # Nerfacto keeps the samples and weights of its last pass to itself at test time.
+        self.renderer_expected_depth.register_forward_pre_hook(
+            lambda _module, _args, kwargs: setattr(self._call, "last_pass", kwargs), with_kwargs=True
+        )
         self.segmenter = Segmenter()
         self.mixture = PatchMixture()
 
@@ -175,37 +188,63 @@ class OVS3DModel(NerfactoModel):
 
         With a `batch` to learn from: the outputs, the losses and the metrics.
         """
-        self._semantics = semantics and self.segmenter.ready
-        self._window_rays = window_rays
+        self.batches += self.training
+        self._call.semantics = semantics and self.segmenter.ready
+        self._call.window_rays = window_rays
         outputs = super().forward(ray_bundle)
         if batch is None:
             return outputs
         metrics = self.get_metrics_dict(outputs, batch)
         return outputs, self.get_loss_dict(outputs, batch, metrics), metrics
 
+    @torch.no_grad()
+    def get_features_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict:
+        """As `get_outputs_for_camera`, with features in place of pictures (see `get_features`)."""
+        try:
+            self._call.features = True
+            return self.get_outputs_for_camera(camera, obb_box)
+        finally:
+            self._call.features = False
+
+    def get_features(self, ray_bundle: RayBundle) -> dict:
+        """As `forward` in evaluation, with `directions` (normalised coefficients, R×K) and `scales` (R×S) in place of the
+        pictures that are made of them: whatever the prompts are, these stay."""
+        try:
+            self._call.features = True
+            return self(ray_bundle)
+        finally:
+            self._call.features = False
+
+    @torch.no_grad()
     def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict:
         """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short."""
-        config, most = self.config, self.config.eval_num_rays_per_chunk
-        try:
-            config.eval_num_rays_per_chunk = min(most, rays_that_fit(config, free_memory(self.device)))
-            return super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
-        finally:
-            config.eval_num_rays_per_chunk = most
+        chunk = min(self.config.eval_num_rays_per_chunk, rays_that_fit(self.config, free_memory(self.device)))
+        device, parts = camera_ray_bundle.directions.device, defaultdict(list)
+        for start in range(0, len(camera_ray_bundle), chunk):
+            rays = camera_ray_bundle.get_row_major_sliced_ray_bundle(start, start + chunk).to(self.device)
+            for name, output in self.forward(rays).items():
+                if isinstance(output, Tensor):
+                    parts[name].append(output.to(device))
+        return {name: torch.cat(outputs).view(*camera_ray_bundle.shape, -1) for name, outputs in parts.items()}
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict:
-        with self._rendering() as kept:
-            outputs = super().get_outputs(ray_bundle)
-        if not self._semantics:
+        call = self._call
+        outputs = super().get_outputs(ray_bundle)
+        samples = call.__dict__.pop("last_pass")
+        if not call.semantics:
             return outputs
-        positions, weights = self._heaviest(kept["ray_samples"], kept["weights"])
+        positions, weights = self._heaviest(samples["ray_samples"], samples["weights"])
         if not self.training:
-            return outputs | self.pictures(self.render_semantics(positions, weights), outputs["rgb"])
-        if self._window_rays is None:
+            semantics = self.render_semantics(positions, weights)
+            if not getattr(call, "features", False):
+                return outputs | self.pictures(semantics, outputs["rgb"])
+            return outputs | {"directions": F.normalize(semantics.coefficients, dim=-1), "scales": semantics.scales}
+        if call.window_rays is None:
             return outputs | {"semantics": self.render_semantics(positions, weights)}
         # One call of the semantic field for both: the gradient of its table is made once. The windows come second, as the
         # proposal sampler trains its networks on the first rays of a step.
         rays = len(positions)
-        window_positions, window_weights = self._heaviest_of_windows(self._window_rays)
+        window_positions, window_weights = self._heaviest_of_windows(call.window_rays)
         semantics = self.render_semantics(
             torch.cat([positions, window_positions]), torch.cat([weights, window_weights])
         )
@@ -237,30 +276,14 @@ class OVS3DModel(NerfactoModel):
             return self._heaviest(samples, samples.get_weights(density))
 
     def pictures(self, semantics: Semantics, rgb: Float[Tensor, "*R 3"]) -> dict[str, Tensor]:
-        """What a person looks at, per ray: three channels in [0, 1], or one.
-
-        Names hold no "rgb" and no output has 2 or more than 3 channels: nerfstudio's viewer and renders would trip.
-        """
-        segmenter, coefficients, scales = self.segmenter, semantics.coefficients, semantics.scales
-        steps = torch.arange(scales.shape[-1], device=scales.device) / max(1, scales.shape[-1] - 1)
-        pictures = {}
-        if segmenter.prompts:
-            similarities = segmenter.similarities(coefficients)
-            relevancies = segmenter.relevancies(similarities)
-            scores = similarities if self.config.class_scores == "cosine" else relevancies
-            color = segmenter.colors[segmenter.labels(scores)]
-            pictures["segmentation"] = color
-            pictures["segmentation_overlay"] = torch.lerp(rgb, color, self.config.overlay_opacity)
-            for name, relevancy in zip(segmenter.output_names(), relevancies.unbind(-1), strict=True):
-                pictures[name] = relevancy[..., None].clamp(0, 1)
-        pictures["scale"] = (scales * steps).sum(-1, keepdim=True)
-        pictures["features_pca"] = segmenter.pca_colors(coefficients)
-        return pictures
+        """What a person looks at, per ray (see `Answers`)."""
+        answering = Answering(opacity=self.config.overlay_opacity)
+        question = Question(self.segmenter, self.config.class_scores, answering)
+        return dict(Answers(question, F.normalize(semantics.coefficients, dim=-1), semantics.scales, rgb))
 
     def class_scores(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n C"]:
         """What the argmax over classes is taken of: cosines (3D-OVS) or relevancies over the scene."""
-        similarities = self.segmenter.similarities(coefficients)
-        return similarities if self.config.class_scores == "cosine" else self.segmenter.relevancies(similarities)
+        return self.segmenter.class_scores(self.segmenter.similarities(coefficients), self.config.class_scores)
 
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
         loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)
@@ -335,18 +358,6 @@ class OVS3DModel(NerfactoModel):
                 labels = self.segmenter.labels_of(outputs["segmentation"])
                 self.evaluator.record(int(batch["image_idx"]), labels.cpu(), self.segmenter.prompts)
         return metrics, images
-
-    @contextmanager
-    def _rendering(self) -> Iterator[dict]:
-        """Catches the samples and weights of nerfacto's last pass, which it keeps to itself at test time."""
-        kept: dict = {}
-        handle = self.renderer_expected_depth.register_forward_pre_hook(
-            lambda _module, _args, kwargs: kept.update(kwargs), with_kwargs=True
-        )
-        try:
-            yield kept
-        finally:
-            handle.remove()
 
 
 def free_memory(device: torch.device | str) -> int:

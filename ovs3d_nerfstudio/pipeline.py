@@ -30,6 +30,7 @@ from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
 from ovs3d_nerfstudio.option_checks import check_device, check_options
 from ovs3d_nerfstudio.palette import save_legend
 from ovs3d_nerfstudio.prompts import choose_prompts
+from ovs3d_nerfstudio.viewer import PromptPanel
 
 # nerfstudio 1.1.5 indexes its cameras in a way that torch ≥ 2.9 warns of, several lines at every step.
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
@@ -87,6 +88,8 @@ class OVS3DPipeline(VanillaPipeline):
         self.chosen_prompts: list[str] = []
         self.run_folder: Path | None = None
         self.optimizers: Optimizers | None = None
+        self.prompt_panel = PromptPanel(self.model)
+        """nerfstudio's viewer looks for such attributes, and sets them up when it opens."""
         with user_errors():
             if test_mode == "val":
                 data = self.datamanager.config.data
@@ -250,6 +253,8 @@ class OVS3DPipeline(VanillaPipeline):
             return super().get_average_eval_image_metrics(*args, **kwargs)
 
     def get_average_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with user_errors():
+            self.datamanager.require_eval_photos()
         return super().get_average_image_metrics(*args, **kwargs) | self._segmentation_metrics()
 
     def _segmentation_metrics(self) -> dict[str, float]:

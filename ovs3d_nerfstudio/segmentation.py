@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from ovs3d_nerfstudio.renderers import LEAST_LENGTH
 
 LEAST_RANGE = 1e-3
 """Cosines that differ by less are taken as equal: cells lie in half precision, whose rounding is half of that."""
+
+ClassScores = Literal["cosine", "relevancy"]
 
 
 class Segmenter(nn.Module):
@@ -110,6 +113,10 @@ class Segmenter(nn.Module):
         is as present as anywhere."""
         return stretched(similarities, *self.range)
 
+    def class_scores(self, similarities: Float[Tensor, "*n C"], by: ClassScores) -> Float[Tensor, "*n C"]:
+        """What the argmax over classes is taken of: cosines (3D-OVS) or relevancies over the scene."""
+        return similarities if by == "cosine" else self.relevancies(similarities)
+
     def output_names(self) -> list[str]:
         """One name a prompt for its relevancy map. nerfstudio reads "rgb" in a name as colour, so it must not occur, and
         makes folders of names, so they must not lead out of one."""
@@ -122,9 +129,6 @@ class Segmenter(nn.Module):
                 name, n = f"{base}_{n}", n + 1
             names.append(name)
         return names
-
-    def labels(self, scores: Float[Tensor, "*n C"]) -> Int[Tensor, "*n"]:
-        return scores.argmax(-1)
 
     def labels_of(self, colors: Float[Tensor, "*n 3"]) -> Int[Tensor, "*n"]:
         """The labels that were painted as `colors`."""

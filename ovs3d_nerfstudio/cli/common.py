@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
@@ -15,12 +14,12 @@ from nerfstudio.utils.eval_utils import eval_setup
 
 from ovs3d_nerfstudio.checkpoints import checkpoints, read_checkpoint
 from ovs3d_nerfstudio.cli.run_config import RunLoader
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, reason
+from ovs3d_nerfstudio.embedding import Embedder
+from ovs3d_nerfstudio.encoders.base import reason
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.cache import written_beside
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
-from ovs3d_nerfstudio.prompts import given_prompts, prompt_key
-from ovs3d_nerfstudio.segmentation import Segmenter
+from ovs3d_nerfstudio.prompts import given_prompts
 
 
 def open_run(
@@ -95,9 +94,9 @@ def ask(pipeline: OVS3DPipeline, prompts: str, prompts_file: Path | None) -> lis
     Prompts of the training take their embeddings from the checkpoint; only others need the text encoder.
 
     Raises:
-        CommandError: the run has no prompts and none were given, or the encoder is not the one of the run.
+        CommandError: the run has no prompts and none were given.
         PromptError: both are given, or the chosen one is unusable.
-        EncoderError: the run's encoder cannot be had here.
+        EncoderError: the run's encoder cannot be had here, or is another.
     """
     segmenter = pipeline.model.segmenter
     asked = given_prompts(prompts, prompts_file)
@@ -105,23 +104,8 @@ def ask(pipeline: OVS3DPipeline, prompts: str, prompts_file: Path | None) -> lis
         if not segmenter.prompts:
             raise CommandError("The run was trained without prompts; say what to look for with --prompts.")
         return segmenter.prompts
-    segmenter.ask(asked, embedded(segmenter, asked, pipeline.device))
+    segmenter.ask(asked, Embedder(pipeline.device)(segmenter, asked))
     return asked
-
-
-def embedded(segmenter: Segmenter, prompts: Sequence[str], device: torch.device | str) -> torch.Tensor:
-    """Embeddings of `prompts`, C×D on the CPU: those of the run's own from its checkpoint, the others made now."""
-    known = {prompt_key(prompt): row.cpu() for prompt, row in zip(segmenter.prompts, segmenter.text, strict=True)}
-    new = [prompt for prompt in prompts if prompt_key(prompt) not in known]
-    if new:
-        encoder = image_text_encoder(segmenter.encoder, device)
-        if encoder.fingerprint != segmenter.fingerprint:
-            raise CommandError(
-                f"The run's features come from {segmenter.fingerprint}, but {segmenter.encoder} is "
-                f"{encoder.fingerprint} here; install the same weights, or use the run's own prompts."
-            )
-        known |= dict(zip(map(prompt_key, new), encoder.embed_text(new).float().cpu(), strict=True))
-    return torch.stack([known[prompt_key(prompt)] for prompt in prompts])
 
 
 def write_json(path: Path, content: Any) -> None:

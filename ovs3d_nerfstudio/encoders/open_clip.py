@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import MultiheadAttention
 from torch.nn.functional import interpolate, linear, normalize
 
-from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, file_digest, reason
+from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, check_lengths, file_digest, reason
 
 DENSE_EDGE = 1.5
 """Shorter edge of a picture for dense features, as a multiple of the input size."""
@@ -22,6 +22,9 @@ DENSE_SPREAD = 5.0
 """Standard deviation in tokens of the Gaussian that draws attention to a token's neighbours."""
 DEFAULT = "ViT-B-16@openai"
 """The paper's model and weights."""
+
+AMPLE_TOKENS = 2048
+"""More than any prompt of 300 characters has."""
 
 # What CLIP was trained with (Radford et al., 2021); models trained otherwise say so in open_clip's list of weights.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -82,6 +85,7 @@ class OpenClipEncoder(ImageTextEncoder):
             self.batch_size = 256
         self._visual: Any = None
         self._text: Any = None
+        self._tokenizer: Any = None
 
     @property
     def dim(self) -> int:
@@ -108,12 +112,18 @@ class OpenClipEncoder(ImageTextEncoder):
             model.visual = None
             self._text = model
         try:
-            tokens = open_clip.get_tokenizer(self.model_name)(list(prompts))
+            if self._tokenizer is None:
+                self._tokenizer = open_clip.get_tokenizer(self.model_name)
+            tokens = self._tokenizer(list(prompts))
         except Exception as error:
             raise EncoderError(
                 f"The tokenizer of {self.model_name} cannot be loaded ({reason(error)}); it comes from a hub: "
                 "go online once, or choose a model such as ViT-B-16, whose tokenizer is part of open_clip."
             ) from error
+        # With ample room nothing is cut off; an empty text shows what fills the rest.
+        ample = self._tokenizer([*prompts, ""], context_length=AMPLE_TOKENS)
+        lengths = (ample[:-1] != ample[-1, -1]).sum(-1).tolist()
+        check_lengths(prompts, lengths, tokens.shape[1], self.model_name)
         with torch.inference_mode():
             return normalize(self._text.encode_text(tokens.to(self.device)).float(), dim=-1).cpu().clone()
 

@@ -1,0 +1,378 @@
+"""Live prompts without a browser: what is asked, what is rendered for it, and what training never notices."""
+
+import copy
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.viewer.viewer import Viewer
+from test_training import data, pipeline, train  # noqa: F401 (fixtures)
+
+from ovs3d_nerfstudio.answers import Answering, Answers, Question
+from ovs3d_nerfstudio.encoders.base import EncoderError
+from ovs3d_nerfstudio.live import FeatureCache, LiveModel, LivePrompts
+from ovs3d_nerfstudio.prompts import PromptError
+from ovs3d_nerfstudio.segmentation import Segmenter
+from ovs3d_nerfstudio.viewer import legend
+
+
+@pytest.fixture(scope="module")
+def seen(scene, tmp_path_factory, checkpoints):  # noqa: F811
+    """A pipeline that was trained for a few steps, and a camera."""
+    folder = tmp_path_factory.mktemp("seen") / "scene"
+    shutil.copytree(scene, folder, ignore=shutil.ignore_patterns(".ovs3d-cache"))
+    trained = pipeline(folder, **checkpoints, prompts="a cat; a rocket; books")
+    train(trained, 0, 4)
+    trained.eval()
+    camera = trained.datamanager.eval_dataset.cameras[:1]
+    camera.rescale_output_resolution(0.5)
+    return trained, camera
+
+
+@pytest.fixture
+def live(seen) -> tuple[LivePrompts, LiveModel]:
+    prompts = LivePrompts(seen[0].model)
+    prompts.follow_training()
+    return prompts, LiveModel(prompts, threading.Lock())
+
+
+def plain_question(prompts: int = 3, negatives: int = 2, **answering) -> Question:
+    torch.manual_seed(0)
+    segmenter = Segmenter()
+    unit = torch.nn.functional.normalize
+    basis = torch.linalg.qr(torch.randn(8, 5)).Q
+    words = [f"word {i}" for i in range(prompts)]
+    segmenter.configure(words, unit(torch.randn(prompts, 8), dim=-1), basis, torch.randn(50, 5), "none", "none")
+    return Question(segmenter, "cosine", Answering(**answering), unit(torch.randn(negatives, 8), dim=-1))
+
+
+def test_a_prompt_is_weighed_against_each_negative_by_itself():
+    question = plain_question(mode="threshold", temperature=0.7)
+    directions = torch.nn.functional.normalize(torch.randn(40, 5), dim=-1)
+    z, other = directions @ question.text, directions @ question.others
+    pairs = torch.stack([z[:, :, None].expand(-1, -1, 2), other[:, None].expand(-1, 3, -1)], -1)
+    slow = (pairs / question.temperature).softmax(-1)[..., 0].amin(-1)
+    assert torch.allclose(question.probabilities(directions), slow, atol=1e-6)
+    labels = question.labels(directions)
+    assert {-1, 0, 1, 2} >= set(labels.tolist()) and (labels == -1).any() and (labels >= 0).any()
+    assert torch.equal(labels >= 0, slow.amax(-1) >= 0.5)
+
+
+def test_what_belongs_to_no_prompt_keeps_its_colour_in_the_overlay():
+    question = plain_question(mode="threshold", opacity=1.0)
+    directions = torch.nn.functional.normalize(torch.randn(6, 4, 5), dim=-1)
+    answers = Answers(question, directions, torch.rand(6, 4, 3), torch.rand(6, 4, 3))
+    none = answers.labels < 0
+    assert torch.equal(answers["segmentation_overlay"][none], answers.rgb[none])
+    assert (answers["segmentation"][none] == 0).all() and answers["segmentation"].shape == (6, 4, 3)
+
+
+def test_probabilities_of_the_argmax_are_those_of_a_softmax_and_may_be_shown():
+    question = plain_question(normalise=False, temperature=2.0)
+    directions = torch.nn.functional.normalize(torch.randn(9, 5), dim=-1)
+    answers = Answers(question, directions, torch.rand(9, 2), torch.rand(9, 3))
+    shown = torch.cat([answers[name] for name in question.names], -1)
+    assert torch.allclose(shown, (directions @ question.text / question.temperature).softmax(-1))
+    assert torch.equal(shown.argmax(-1), answers.labels)
+
+
+def test_the_trained_prompts_look_in_the_viewer_as_everywhere_else(seen, live):
+    trained, camera = seen
+    outputs, own = live[1].get_outputs_for_camera(camera), trained.model.get_outputs_for_camera(camera)
+    assert list(outputs) == list(own)
+    assert all(torch.allclose(outputs[name], own[name], atol=1e-5) for name in own)
+
+
+def test_other_prompts_are_answered_without_rendering_again(seen, live):
+    trained, camera = seen
+    prompts, model = live
+    before = model.get_outputs_for_camera(camera)["segmentation"]
+    rendered = []
+    hook = trained.model.collider.register_forward_hook(lambda *_: rendered.append(1))
+    prompts.ask(["sky", "a dog", "wood"])
+    after = model.get_outputs_for_camera(camera)
+    dogs = after["segmentation"]
+    assert not torch.equal(dogs, before) and not rendered
+    assert {"relevancy_sky", "relevancy_a_dog", "relevancy_wood"} < set(after) and "relevancy_a_cat" not in after
+    prompts.ask(mode="threshold", threshold=0.9)
+    assert not torch.equal(model.get_outputs_for_camera(camera)["segmentation"], dogs) and not rendered
+    model.get_outputs_for_camera(trained.datamanager.eval_dataset.cameras[1:2])
+    hook.remove()
+    assert rendered
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_view_is_rendered_anew_once_the_weights_have_changed(seen, fused):
+    trained, camera = copy.copy(seen[0]), seen[1]
+    prompts = LivePrompts(trained.model)
+    model = LiveModel(prompts, threading.Lock())
+    before = model.get_outputs_for_camera(camera)["rgb"]
+    parameters = [p for p in trained.model.parameters() if p.numel()]
+    optimizer = torch.optim.Adam(parameters, lr=0.01, fused=fused)
+    trained.train()
+    sum(trained.get_train_loss_dict(0)[1].values()).backward()
+    optimizer.step()
+    trained.eval()
+    assert not torch.equal(model.get_outputs_for_camera(camera)["rgb"], before)
+
+
+def test_training_and_its_checkpoints_know_nothing_of_what_is_asked(seen, live):
+    model = seen[0].model
+    before = copy.deepcopy(model.state_dict())
+    live[0].ask(["sky", "a dog"], ["stuff"], mode="threshold", opacity=0.1)
+    live[1].get_outputs_for_camera(seen[1])
+    after = model.state_dict()
+    assert model.segmenter.prompts == ["a cat", "a rocket", "books"]
+    extra = [name for name in after if name.endswith("_extra_state")]
+    assert extra and all(before[name] == after[name] for name in extra)
+    assert all(torch.equal(before[name], after[name]) for name in after if name not in extra)
+
+
+def test_prompts_are_added_removed_merged_and_set_back(live):
+    prompts, _ = live
+    prompts.add("a dog; A CAT;  wood ")
+    assert prompts.asked == ["a cat", "a rocket", "books", "a dog", "wood"]
+    prompts.remove("A dog; books")
+    assert prompts.asked == ["a cat", "a rocket", "wood"]
+    prompts.reset()
+    assert prompts.asked == ["a cat", "a rocket", "books"] and prompts.prompts is None
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda live: live.add(" ; ;\u0007"), "There is no prompt"),
+        (lambda live: live.add(";".join(f"thing {i}" for i in range(198))), "more than the 200 allowed"),
+        (lambda live: live.remove("a dog"), "'a dog' is not among the prompts"),
+        (lambda live: live.remove("a cat; books; a rocket"), "last prompt stays"),
+        (lambda live: live.ask(["a " * 76]), "has 78 tokens, and tiny-ovs3d reads 77 at most"),
+        (lambda live: live.ask(negatives=["🦔" * 100], mode="threshold"), "reads 77 at most"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_with_a_sentence_and_changes_nothing(live, edit, sentence):
+    prompts, _ = live
+    question, negatives = prompts.question, prompts.negatives
+    with pytest.raises((PromptError, EncoderError), match=sentence):
+        edit(prompts)
+    assert prompts.question is question and prompts.negatives == negatives and prompts.answering.mode == "argmax"
+
+
+def test_every_script_and_as_many_prompts_as_are_allowed_are_answered(seen, live):
+    prompts, model = live
+    words = ["שלום עולם", "مرحبا", "🦔🌲", "a " * 75, *(f"thing {i}" for i in range(196))]
+    prompts.ask(words)
+    outputs = model.get_outputs_for_camera(seen[1])
+    assert len(outputs.answers().question.names) == 200 and len(outputs.shares()) == 200
+    assert sum(outputs.shares()) == pytest.approx(1)
+
+
+def test_without_the_text_tower_it_is_said_and_the_trained_prompts_stay(seen, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ovs3d_nerfstudio.encoders.open_clip", None)
+    prompts = LivePrompts(seen[0].model)
+    prompts.follow_training()
+    with pytest.raises(EncoderError, match=r"text encoder 'open_clip:.*' cannot be had here .*run's own prompts"):
+        prompts.ask(["a dog"])
+    prompts.ask(["books", "A Rocket"])
+    assert LiveModel(prompts, threading.Lock()).get_outputs_for_camera(seen[1])["relevancy_books"].max() > 0
+
+
+def test_nothing_can_be_asked_before_training_has_begun_and_then_it_is_followed(data, checkpoints):  # noqa: F811
+    fresh = pipeline(data, **checkpoints, prompts="a cat; a rocket")
+    prompts = LivePrompts(fresh.model)
+    model = LiveModel(prompts, threading.Lock())
+    camera = fresh.datamanager.eval_dataset.cameras[:1]
+    camera.rescale_output_resolution(0.25)
+    with pytest.raises(PromptError, match="once training has begun"):
+        prompts.ask(["a dog"])
+    fresh.eval()
+    assert "segmentation" not in model.get_outputs_for_camera(camera)
+    train(fresh, 0, 2)
+    fresh.eval()
+    outputs = model.get_outputs_for_camera(camera)
+    assert prompts.asked == ["a cat", "a rocket"] and "relevancy_a_cat" in outputs
+    prompts.ask(["a dog"])
+    fresh.model.segmenter.configure(*_configuration(fresh.model.segmenter))
+    assert "relevancy_a_dog" in model.get_outputs_for_camera(camera) and prompts.asked == ["a dog"]
+
+
+def _configuration(known: Segmenter) -> tuple:
+    return known.prompts, known.text, known.basis.clone(), known.sample, known.encoder, known.fingerprint
+
+
+def test_edits_and_renders_at_once_leave_every_view_whole(seen, live):
+    prompts, model = live
+    lock, failures, done = threading.Lock(), [], threading.Event()
+
+    def edit(words: list[str]) -> None:
+        for i in range(40):
+            prompts.ask(words[: 1 + i % len(words)], mode=("argmax", "threshold")[i % 2])
+            prompts.add("a hedgehog")
+
+    def look(index: int) -> None:
+        camera = seen[0].datamanager.eval_dataset.cameras[index : index + 1]
+        while not done.is_set():
+            with lock:
+                outputs = model.get_outputs_for_camera(camera)
+            for name in list(outputs):
+                assert outputs[name].shape[-1] in (1, 3)
+            assert outputs["relevancy_a_dog"].shape[-1] in (1, 3)
+
+    def guarded(work, argument) -> None:
+        try:
+            work(argument)
+        except BaseException as error:
+            failures.append(error)
+
+    lookers = [threading.Thread(target=guarded, args=(look, i)) for i in (0, 1)]
+    editors = [threading.Thread(target=guarded, args=(edit, words)) for words in (["a dog", "sky"], ["wood"] * 1)]
+    for thread in (*lookers, *editors):
+        thread.start()
+    for thread in editors:
+        thread.join()
+    done.set()
+    for thread in lookers:
+        thread.join()
+    assert not failures
+
+
+def test_a_click_finds_the_point_that_the_ray_hits(seen, live):
+    trained, camera = seen
+    rays = camera.generate_rays(0, keep_shape=True)[10:11, 20:21].flatten()
+    depth = trained.model.get_features(rays)["depth"][0].detach()
+    point = live[1].point(rays.origins[0].tolist(), (3 * rays.directions[0]).tolist())
+    assert torch.allclose(torch.tensor(point.position), rays.origins[0] + depth * rays.directions[0], atol=1e-4)
+    assert point.prompts == ["a cat", "a rocket", "books"] and sum(point.chances) == pytest.approx(1, abs=1e-5)
+    assert point.winner == max(range(3), key=lambda i: point.chances[i])
+
+
+def test_features_that_outgrow_their_room_are_let_go_the_oldest_first():
+    cache, made = FeatureCache(kept_bytes=100), []
+    render = lambda: made.append(1) or {"directions": torch.zeros(10)}  # noqa: E731
+    for view in ("a", "b", "c"):
+        cache.get("weights", view, render)
+    assert len(made) == 3
+    cache.get("weights", "c", render), cache.get("weights", "b", render)
+    assert len(made) == 3
+    cache.get("weights", "a", render)
+    assert len(made) == 4
+
+
+def test_prompts_in_the_legend_are_never_code():
+    hostile = ["{1+1}", '"}<img src=x onerror=alert(1)>', "![a](/etc/passwd)", "`x`", "a | b", "🦔 שלום\\"]
+    text = legend(hostile, [[0, 0.5, 1]] * len(hostile), [0.1] * len(hostile))
+    assert text.isascii() and "![" not in text and "onerror" in text and "<img" not in text and "`" not in text
+    assert "#0080ff" in text and text.count("<tr>") == 7
+
+
+@pytest.fixture
+def viewer(seen, tmp_path):
+    trained, _ = seen
+    config = copy.deepcopy(all_methods["ovs3d-lite"].viewer)
+    opened = Viewer(config, tmp_path / "viewer_log.txt", Path("."), trained, train_lock=threading.Lock())
+    yield opened
+    opened.viser_server.stop()
+
+
+def test_the_chosen_outputs_survive_an_edit_where_they_still_exist(seen, viewer):
+    panel, live = viewer.control_panel, viewer.pipeline.prompt_panel.live
+    view = viewer.get_model()
+    panel.update_output_options(list(view.get_outputs_for_camera(seen[1])))
+    assert panel.output_render == "rgb"
+    panel._output_render.value, panel._split_output_render.value = "relevancy_books", "relevancy_a_cat"
+    live.add("a dog")
+    outputs = view.get_outputs_for_camera(seen[1])
+    panel.update_output_options(list(outputs))
+    assert (panel.output_render, panel.split_output_render) == ("relevancy_books", "relevancy_a_cat")
+    assert "relevancy_a_dog" in panel._output_render.gui_handle.options
+    live.remove("books")
+    assert outputs[panel.output_render].shape[-1] == 3, "a view that is on its way shows something that is there"
+    panel.update_output_options(list(outputs))
+    assert (panel.output_render, panel.split_output_render) == ("segmentation", "relevancy_a_cat")
+    assert "relevancy_books" not in panel._output_render.gui_handle.options
+
+
+def test_the_panel_says_what_it_did_or_why_not(seen, viewer):
+    panel = viewer.pipeline.prompt_panel
+    said = lambda: bytes(panel._status.content, "ascii").decode("unicode_escape")  # noqa: E731
+    assert panel._text.value == "a cat; a rocket; books" and "prompts of the training" in said()
+    panel._text.value = "a dog; ;A dog; wood"
+    panel._apply()
+    assert "2 prompts, embedded in" in said() and "1 said twice" in said() and panel._text.value == "a dog; wood"
+    panel._one.value = "sky"
+    panel._add()
+    assert "3 prompts" in said() and panel._text.value == "a dog; wood; sky"
+    panel._text.value = "; "
+    panel._apply()
+    assert "There is no prompt" in said() and panel.live.asked == ["a dog", "wood", "sky"]
+    panel._mode.value, panel._negatives.value = "threshold per prompt", "a " * 100
+    panel._settle()
+    assert panel.live.answering.mode == "threshold"
+    panel._reset()
+    assert panel.live.asked == ["a cat", "a rocket", "books"] == panel._text.value.split("; ")
+    panel._on_view(viewer.get_model().get_outputs_for_camera(seen[1]))
+    panel._show()
+    assert "books" in panel._legend.content and "\\u0025" in panel._legend.content
+
+
+def test_a_run_opens_for_looking_when_its_photos_are_gone(seen, tmp_path, capsys):
+    folder = shutil.copytree(seen[0].datamanager.config.data, tmp_path / "scene")
+    shutil.rmtree(folder / "images"), shutil.rmtree(folder / ".ovs3d-cache")
+    opened = pipeline(folder, test_mode="test")
+    opened.load_pipeline(copy.deepcopy(seen[0].state_dict()), 4)
+    assert "training photos are not there" in " ".join(capsys.readouterr().out.split())
+    assert opened.datamanager.train_dataset[0]["image"].shape == (72, 96, 3)
+    opened.eval()
+    assert "relevancy_books" in opened.model.get_outputs_for_camera(seen[1])
+    with pytest.raises(SystemExit):
+        opened.get_average_eval_image_metrics()
+    assert "is not there to compare with" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises((FileNotFoundError, SystemExit)):
+        pipeline(folder)
+
+
+def test_edits_while_training_renders_and_saves(data, checkpoints, tmp_path):  # noqa: F811
+    config = copy.deepcopy(all_methods["ovs3d-lite"])
+    config.pipeline = copy.deepcopy(pipeline(data, **checkpoints, prompts="a cat; a rocket").config)
+    config.output_dir, config.experiment_name, config.timestamp = tmp_path, "run", "t"
+    config.vis, config.data = "viewer", data
+    config.max_num_iterations, config.steps_per_save, config.save_only_latest_checkpoint = 25, 3, True
+    config.machine.device_type, config.viewer.quit_on_train_completion = "cpu", True
+    config.get_base_dir().mkdir(parents=True)
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    viewer, failures, done = trainer.viewer_state, [], threading.Event()
+    live, view = trainer.pipeline.prompt_panel.live, viewer.get_model()
+    camera = trainer.pipeline.datamanager.eval_dataset.cameras[:1]
+    camera.rescale_output_resolution(0.25)
+    asked = []
+
+    def look_and_edit() -> None:
+        try:
+            while not done.is_set():
+                with trainer.train_lock:
+                    training = view.training
+                    view.eval()
+                    with torch.no_grad():
+                        outputs = view.get_outputs_for_camera(camera)
+                    view.train(training)
+                if live.asked:
+                    live.ask([f"thing {len(asked)}", "sky"])
+                    asked.append(outputs["segmentation"].shape)
+                time.sleep(0.02)  # as the viewer does between views, so that training has its turn
+        except BaseException as error:
+            failures.append(error)
+
+    looker = threading.Thread(target=look_and_edit)
+    looker.start()
+    trainer.train()
+    done.set()
+    looker.join()
+    viewer.viser_server.stop()
+    assert not failures and len(asked) > 3
+    saved = sorted(trainer.checkpoint_dir.glob("*.ckpt"))[-1]
+    state = torch.load(saved, map_location="cpu")["pipeline"]["_model.segmenter._extra_state"]
+    assert state["prompts"] == ["a cat", "a rocket"] == trainer.pipeline.model.segmenter.prompts
