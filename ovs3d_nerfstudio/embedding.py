@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,8 @@ class Embedder:
         self._encoder: ImageTextEncoder | None = None
         self._known: dict[str, Float[Tensor, "D"]] = {}  # noqa: F821
         self._fingerprint = ""
+        self.seconds = 0.0
+        """Time that embedding has taken so far, without the loading of the encoder."""
 
     def __call__(self, segmenter: Segmenter, prompts: Sequence[str]) -> Float[Tensor, "C D"]:
         """Embeddings of `prompts` on the CPU.
@@ -35,7 +38,10 @@ class Embedder:
         known = self._known | {prompt_key(prompt): row for prompt, row in trained}
         new = [prompt for prompt in prompts if prompt_key(prompt) not in known]
         if new:
-            known |= dict(zip(map(prompt_key, new), self._tower(segmenter).embed_text(new).float().cpu(), strict=True))
+            tower = self._tower(segmenter)
+            start = time.perf_counter()
+            known |= dict(zip(map(prompt_key, new), tower.embed_text(new).float().cpu(), strict=True))
+            self.seconds += time.perf_counter() - start
         self._known = known
         return torch.stack([known[prompt_key(prompt)] for prompt in prompts])
 
@@ -55,5 +61,6 @@ class Embedder:
                 f"The run's features come from {segmenter.fingerprint}, but {segmenter.encoder} is "
                 f"{fingerprint} here; install the same weights, or use the run's own prompts."
             )
+        encoder.embed_text(["first"])  # which loads it
         self._encoder = encoder
         return encoder

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager
@@ -85,7 +84,7 @@ class LivePrompts:
     ) -> float:
         """Swap the question for one with other prompts, negatives or fields of `Answering`; what is not given stays.
 
-        Returns the seconds that embedding took. Training and renders go on meanwhile.
+        Returns the seconds that embedding took, once the encoder was loaded. Training and renders go on meanwhile.
 
         Raises:
             PromptError: the run has no features yet.
@@ -118,20 +117,18 @@ class LivePrompts:
     def _change(self, prompts: list[str] | None, negatives: Sequence[str] | None, changes: dict) -> float:
         answering = replace(self.answering, **changes)
         others = self.negatives if negatives is None else list(negatives)
-        seconds = 0.0
+        before = self._embed.seconds
         while True:
             trained = self.trained
             if not trained.ready:
                 raise PromptError("The run has seen no features yet; ask again once training has begun.")
-            start = time.perf_counter()
             asking = trained if prompts is None else _asking(trained, prompts, self._embed(trained, prompts))
             other = self._embed(trained, others) if answering.mode == "threshold" else None
-            seconds += time.perf_counter() - start
             question = Question(asking, self.model.config.class_scores, answering, other)
             with self._swap:
                 if trained is self.trained:  # else training has gone on to other features, and the question is stale
                     self.prompts, self.negatives, self.answering, self.question = prompts, others, answering, question
-                    return seconds
+                    return self._embed.seconds - before
 
 
 def _asking(trained: Segmenter, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> Segmenter:

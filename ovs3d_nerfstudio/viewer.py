@@ -166,7 +166,7 @@ class PromptPanel(ViewerControl):
     def _change(self, edit: Callable[[], str], typed: str | None = None) -> None:
         """Do an edit and show what came of it; `typed` is what the box of prompts held, to be replaced by what it means."""
         if typed is not None:
-            self._say("Embedding…")
+            self._say("Embedding… (the first time, the text encoder is loaded for that)")
         try:
             said = edit()
         except (PromptError, EncoderError) as error:

@@ -81,11 +81,18 @@ class Client:
         self.stand(viewer.pipeline.datamanager.eval_dataset.cameras[0])
 
     def stand(self, camera) -> None:
-        pose = camera.camera_to_worlds.numpy()
+        """Looks as `camera` does, once the browser says so: while it starts, it may turn back to viser's first view."""
+        pose, view = camera.camera_to_worlds.numpy(), self.client.camera
         turned = viser.transforms.SO3.from_matrix(pose[:, :3]) @ viser.transforms.SO3.from_x_radians(np.pi)
-        view = self.client.camera
-        view.fov = float(2 * np.arctan(camera.height / 2 / camera.fy))
-        view.wxyz, view.position = turned.wxyz, pose[:, 3] * 10
+
+        def stands() -> bool:
+            view.fov = float(2 * np.arctan(camera.height / 2 / camera.fy))
+            view.wxyz, view.position = turned.wxyz, pose[:, 3] * 10
+            asked = view.update_timestamp
+            self.page.wait_for_timeout(2000)
+            return view.update_timestamp > asked and np.allclose(view.position, pose[:, 3] * 10, atol=0.01)
+
+        self.until(lambda: stands() and np.allclose(self.client.camera.wxyz, turned.wxyz, atol=0.01))
 
     def until(self, true, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
