@@ -21,7 +21,7 @@ from ovs3d_nerfstudio.viewer import legend
 
 
 @pytest.fixture(scope="module")
-def seen(scene, tmp_path_factory, checkpoints):  # noqa: F811
+def seen(scene, tmp_path_factory, checkpoints):
     """A pipeline that was trained for a few steps, and a camera."""
     folder = tmp_path_factory.mktemp("seen") / "scene"
     shutil.copytree(scene, folder, ignore=shutil.ignore_patterns(".ovs3d-cache"))
