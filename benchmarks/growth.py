@@ -171,10 +171,10 @@ class Stopwatch:
         return time.perf_counter(), time.process_time()
 
 
-def as_rank(rank: int, count: int, threads: int, work: Path, rays: int, steps: int) -> None:
+def as_rank(rank: int, count: int, work: Path, rays: int, steps: int) -> None:
     """Extracts a small scene with a real network and trains, as one of `count` ranks; rank 0 writes how long it took."""
-    torch.set_num_threads(threads)
-    folder = work / f"processes-{count}-{threads}"
+    torch.set_num_threads(1)  # a core for each
+    folder = work / f"processes-{count}"
     if count > 1:
         ranks.join(ranks.meeting_in(folder), rank, count, "gloo")
     trainer = deepcopy(ovs3d_lite.config)
@@ -201,7 +201,7 @@ def as_rank(rank: int, count: int, threads: int, work: Path, rays: int, steps: i
         ranks.wait_for_all()
         taken.append(start.taken(run.block))
     if rank == 0:
-        row = {"processes": count, "threads": threads, "rays": rays, "views": len(pictures)}
+        row = {"processes": count, "rays": rays, "views": len(pictures)}
         row |= dict(zip(("extraction_ms", "extraction_cpu_ms"), extraction, strict=True))
         row |= dict(zip(("step_ms", "step_cpu_ms"), map(min, zip(*taken, strict=True)), strict=True))
         (folder / "row.json").write_text(json.dumps(row))
@@ -210,10 +210,10 @@ def as_rank(rank: int, count: int, threads: int, work: Path, rays: int, steps: i
 def processes(work: Path, rays: int, steps: int) -> list[dict]:
     make_scene(work / "demo", width=160, train_views=4, test_views=1)
     rows = []
-    for count, threads in ((1, 1), (1, 2), (2, 1)):
-        folder = work / f"processes-{count}-{threads}"
+    for count in (1, 2):
+        folder = work / f"processes-{count}"
         folder.mkdir()
-        mp.spawn(as_rank, args=(count, threads, work, rays, steps), nprocs=count)
+        mp.spawn(as_rank, args=(count, work, rays, steps), nprocs=count)
         rows.append(json.loads((folder / "row.json").read_text()))
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -226,14 +226,15 @@ def tables(results: dict) -> str:
     for row in results["rows"]:
         cells = ["–" if key not in row else f"{row[key]:.{0 if row[key] >= 10 else 1}f}" for key in shown]
         lines.append(f"| {row['axis']} {row[row['axis']]} | {' | '.join(cells)} |")
+    keys = ("extraction_ms", "extraction_cpu_ms", "step_ms", "step_cpu_ms")
     lines += [
         "",
-        "| processes × threads | extraction, ms a view | of the processor, a process | a step, ms | of the processor |",
+        "| processes | extraction, ms a view: wall | processor, of one process | a step, ms: wall | processor |",
     ]
     lines.append("|---" * 5 + "|")
-    for row in results["processes"]:
-        cells = [f"{row[key]:.0f}" for key in ("extraction_ms", "extraction_cpu_ms", "step_ms", "step_cpu_ms")]
-        lines.append(f"| {row['processes']} × {row['threads']} | {' | '.join(cells)} |")
+    lines += [
+        f"| {row['processes']} | {' | '.join(f'{row[key]:.0f}' for key in keys)} |" for row in results["processes"]
+    ]
     base = ", ".join(f"{name} {value}" for name, value in results["base"].items())
     return "\n".join([*lines, "", f"All else: {base}. Measured on {results['machine']}."])
 
@@ -257,11 +258,13 @@ def plot(rows: list[dict], path: Path) -> None:
     )
     for column, axis in enumerate(axes):
         for line, key in enumerate(shown):
-            points = [(row[axis], row[key]) for row in rows if row["axis"] == axis and key in row]
+            points = [(row[axis], row.get(key, math.nan)) for row in rows if row["axis"] == axis]
             panel = panels[line, column]
             panel.plot(*zip(*points, strict=True), "o-", color="#4477aa")
             panel.set_xscale("log")
-            panel.set_ylim(bottom=0)
+            panel.set_xticks([at for at, _ in points], [f"{at}" for at, _ in points], fontsize=7)
+            panel.minorticks_off()
+            panel.set_ylim(0, 1.1 * max(row.get(key, 0) for row in rows))
             panel.grid(alpha=0.3)
             if column == 0:
                 panel.set_ylabel(MEASURED[key].replace(", ", "\n"), fontsize=8)

@@ -98,7 +98,7 @@ def commit() -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]], split: str) -> str:
-    """The table of one split: a line for each scene, encoder and row, medians over the seeds, Δ to the full method."""
+    """The table of one split: a line for each scene, encoder and row, medians over the seeds, Δ to the full method by the same seeds."""
     mine = [row for row in rows if row["split"] == split]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in mine:
@@ -110,8 +110,9 @@ def markdown(rows: Sequence[dict[str, Any]], split: str) -> str:
     for key in sorted(groups, key=lambda key: (key[0], key[1], order.get(key[2], len(order)), key[2])):
         group = groups[key]
         cells = [_median(group, name, digits) for name, (_, digits) in COLUMNS.items()]
-        full = groups.get((*key[:2], "full"))
-        difference = median(r["miou"] for r in group) - median(r["miou"] for r in full) if full else None
+        full = {r["seed"]: r["miou"] for r in groups.get((*key[:2], "full"), [])}
+        paired = [r["miou"] - full[r["seed"]] for r in group if r["seed"] in full]
+        difference = median(paired) if paired else None
         cells.insert(1, "" if difference is None or key[2] == "full" else f"{difference:+.3f}")
         name = f"**{key[2]}**" if key[2] == "full" else key[2]
         lines.append("| " + " | ".join([key[0], key[1], name, str(len(group)), *cells]) + " |")
