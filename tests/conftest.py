@@ -48,6 +48,16 @@ def command(*words, cwd: Path, env: dict | None = None, ok: bool = True) -> subp
     return done
 
 
+@pytest.fixture(autouse=True)
+def writers_end_with_their_test():
+    """nerfstudio's event writers are global: a later trainer in this process would write into a folder that is gone."""
+    yield
+    writer = sys.modules.get("nerfstudio.utils.writer")
+    if writer is not None:
+        writer.EVENT_WRITERS.clear()
+        writer.GLOBAL_BUFFER.clear()
+
+
 @pytest.fixture(scope="session")
 def scene(tmp_path_factory) -> Path:
     return make_scene(tmp_path_factory.mktemp("demo") / "scene", width=96, train_views=8, test_views=3)

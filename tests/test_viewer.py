@@ -370,10 +370,12 @@ def test_edits_while_training_renders_and_saves(data, checkpoints, tmp_path):  #
 
     looker = threading.Thread(target=look_and_edit)
     looker.start()
-    trainer.train()
-    done.set()
-    looker.join()
-    viewer.viser_server.stop()
+    try:
+        trainer.train()
+    finally:
+        done.set()
+        looker.join()
+        viewer.viser_server.stop()
     assert not failures and len(asked) > 3
     saved = sorted(trainer.checkpoint_dir.glob("*.ckpt"))[-1]
     state = torch.load(saved, map_location="cpu")["pipeline"]["_model.segmenter._extra_state"]
