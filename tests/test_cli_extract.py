@@ -39,7 +39,7 @@ def test_extract_fills_the_cache_and_resumes_it(three, ovs3d):
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--data", "SCENE", "--method", "nerfacto"], "nerfacto is none of ours"),
         (["--data", "SCENE", "--method", "ovs3d-lite", "--image-text-encoder", "x"], "no encoder 'x'"),
-        (["--data", "SCENE", "--method", "ovs3d-lite", "--device", "abacus"], "abacus is no device"),
+        (["--data", "SCENE", "--method", "ovs3d-lite", "--device", "abacus"], "--device abacus cannot be used"),
         (["--data", "SCENE", "blender-data"], "transforms_train.json"),
     ],
 )
