@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@missing=; command -v ffmpeg >/dev/null || missing="$$missing ffmpeg"; command -v chromium >/dev/null || missing="$$missing chromium"; \
-		if [ -z "$$missing" ]; then :; \
-		elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
-		then apt-get update -qq && apt-get install -y -qq $$missing >/dev/null; \
-		elif command -v ffmpeg >/dev/null; then echo "chromium is missing; the tests that need a browser will be skipped." >&2; \
+	@command -v ffmpeg >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+		then apt-get update -qq && apt-get install -y -qq ffmpeg >/dev/null; \
 		else echo "ffmpeg is missing, and nerfstudio needs it for videos; install it (Debian: apt-get install ffmpeg)." >&2; exit 1; fi
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+		&& apt-get install -y -qq chromium >/dev/null; } \
+		|| echo "chromium is missing; the tests that need a browser will be skipped." >&2
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -181,7 +181,8 @@ def words():
 def name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread" + "s" * (threads > 1)
 
 
 def table(rows: list[Row]) -> str:
