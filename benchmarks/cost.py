@@ -45,9 +45,10 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "encoders"))  # its entry points ma
 from ovs3d_nerfstudio.configs import ovs3d_lite  # noqa: E402
 from ovs3d_nerfstudio.encoders.base import TokenEncoder, image_text_encoder  # noqa: E402
 from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder  # noqa: E402
-from ovs3d_nerfstudio.features.extraction import extract, read_picture  # noqa: E402
+from ovs3d_nerfstudio.features.extraction import extract  # noqa: E402
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid  # noqa: E402
 from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids  # noqa: E402
+from ovs3d_nerfstudio.pictures import list_pictures, read_picture  # noqa: E402
 from ovs3d_nerfstudio.prompts import find_classes_file, read_classes_file  # noqa: E402
 
 PROMPTS = 10
@@ -167,7 +168,7 @@ class Benchmark:
     def extraction(self, details: dict) -> dict[str, float]:
         """`extract()` from file to cache with EfficientNet-Lite0 crop by crop, at one scale so that it ends soon."""
         scales = [2.0] if self.options.quick else [5.0]
-        pictures = sorted(path for path in (self.scene / "images").iterdir() if path.suffix in (".png", ".jpg"))[:1]
+        pictures = list_pictures(self.scene / "images")[:1]
         crops, pooled = (image_text_encoder(f"offline:{mode}", self.options.device) for mode in ("crops", "pooled"))
         quiet = Console(quiet=True)
 
@@ -192,7 +193,7 @@ class Benchmark:
 
     def dense(self, details: dict) -> dict[str, float]:
         """One dense pass against every crop of the three scales, of which one batch is timed and multiplied."""
-        picture = read_picture(min(p for p in (self.scene / "images").iterdir() if p.suffix in (".png", ".jpg")))
+        picture = read_picture(list_pictures(self.scene / "images")[0])
         encoder, height, width = _RandomClip("", self.options.device), *picture.shape[:2]
         boxes = [ScaleGrid.of(height, width, scale).boxes() for scale in ovs3d_lite.config.pipeline.datamanager.scales]
         some = boxes[0][: encoder.batch_size]

@@ -15,7 +15,6 @@ import ctypes
 import gc
 import json
 import math
-import re
 import shutil
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from cost import ROOT, fill, processor
+from cost import ROOT, fill, processor, resident
 from PIL import Image
 from rich.console import Console
 from training_steps import Run
@@ -97,9 +96,7 @@ def memory(kind: str) -> float:
     """MB of this process: RssAnon is its own, RssFile mapped from files, VmHWM the most it had of both."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    found = re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found, "growth is measured on Linux"
-    return int(found[1]) / 1024
+    return resident(kind)
 
 
 def watched(call: Callable, part: str, row: dict[str, float], views: int) -> Callable:

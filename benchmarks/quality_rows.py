@@ -35,7 +35,7 @@ from ovs3d_nerfstudio.evaluation import Evaluator, SegmentedView, evaluate_split
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import extract, read_picture
 from ovs3d_nerfstudio.metrics import match_classes, relabel
-from ovs3d_nerfstudio.model import OVS3DModel
+from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 from ovs3d_nerfstudio.prompts import find_classes_file, read_classes_file, read_prompts_file
 
@@ -76,7 +76,7 @@ ROWS = (
     *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch"),
     *("scale-5", "scale-7", "scale-10"),
     *("uniform-scales", "undetached", "views-10", "views-20"),
-    *("ovs3d", "paper", "pyramid-2d", "average-3d", "truth"),
+    *("ovs3d", "paper", *REFERENCES),
 )
 """All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N; A+B is both."""
 DEPTH_SHRINK = 1 / 3
@@ -184,11 +184,7 @@ def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
         if part.startswith("scale-"):
             pipeline.datamanager.scales = (float(part[6:]),)
         if part in ("ovs3d", "paper"):
-            paper = all_methods["ovs3d"].pipeline.model
-            for name in (field.name for field in fields(paper)):
-                loss = name.endswith("_loss_mult") and name.split("_")[0] in ("feature", "patch", "rda", "unmixing")
-                if loss or name == "rda_range" or (name.startswith("fda_") and name not in ("fda_start", "fda_pairs")):
-                    setattr(pipeline.model, name, getattr(paper, name))
+            _take_losses(pipeline.model, all_methods["ovs3d"].pipeline.model)
         if part.startswith("fda-x"):
             pipeline.model.fda_positive_mult *= float(part[5:])
             pipeline.model.fda_negative_mult *= float(part[5:])
@@ -197,6 +193,14 @@ def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
         setattr(getattr(pipeline, part), name, value)
     config.data = pipeline.datamanager.data = data
     return config
+
+
+def _take_losses(model: OVS3DModelConfig, other: OVS3DModelConfig) -> None:
+    """Gives `model` the losses of `other`, but neither its sizes nor its schedule."""
+    for name in (field.name for field in fields(other)):
+        loss = name.endswith("_loss_mult") and name.split("_")[0] in ("feature", "patch", "rda", "unmixing")
+        if loss or name == "rda_range" or (name.startswith("fda_") and name not in ("fda_start", "fda_pairs")):
+            setattr(model, name, getattr(other, name))
 
 
 def _shorten(config: TrainerConfig, steps: int) -> None:

@@ -61,10 +61,8 @@ class Question:
 
     @cached_property
     def temperature(self) -> float:
-        """τ. The spread is the standard deviation over prompts and negatives, its mean over the scene."""
-        words = torch.cat([self.text, self.others], 1)
-        spread = float((self.segmenter.sample @ words).std(-1).mean()) if words.shape[1] > 1 else 1.0
-        return self.answering.temperature * spread
+        """τ, by the spread of prompts and negatives together."""
+        return self.answering.temperature * float(self.segmenter.spread_of(torch.cat([self.text, self.others], 1)))
 
     def scores(self, directions: Float[Tensor, "n K"]) -> Float[Tensor, "n C"]:
         """What the argmax over prompts is taken of."""

@@ -20,7 +20,7 @@ from ovs3d_nerfstudio.dataset import LenientDataset, OVS3DDataset
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
 from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.features.basis import Basis
-from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, checked_sizes, default_cache_dir, extract
+from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, check_size, default_cache_dir, extract
 from ovs3d_nerfstudio.features.teachers import Teachers, Windows
 from ovs3d_nerfstudio.pictures import PictureError
 from ovs3d_nerfstudio.scene_checks import check_cameras, check_pictures, readable_scene
@@ -104,7 +104,8 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
         check_cameras(self.train_dataparser_outputs.cameras, str(self.config.data))
         dataset = self._checked(super().create_train_dataset())
         if self.test_mode == "val":
-            checked_sizes(dataset.image_filenames, self.config.scales)
+            for path, header in dataset.headers.items():
+                check_size(path, header.height, header.width, self.config.scales)
         # nerfstudio's way from the data to a model.
         dataset.metadata["capture"] = capture_of(dataset.cameras.camera_to_worlds)
         return dataset
@@ -118,8 +119,6 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
             return dataset
         parsed = dataset._dataparser_outputs
         check_pictures(dataset.image_filenames, dataset.headers, parsed.cameras, parsed.mask_filenames)
-        if self.test_mode == "val" and (missing := set(dataset.image_filenames) - set(dataset.headers)):
-            raise PictureError(f"The picture {min(missing)} does not exist; put it there or take it out of the data.")
         return dataset
 
     def extract_features(self, image_text_encoder: ImageTextEncoder, token_encoder: TokenEncoder) -> CachedViews:

@@ -21,8 +21,8 @@ class OVS3DDataset(InputDataset):
 
     @cached_property
     def headers(self) -> dict[Path, Header]:
-        """What the files of the pictures that are there say of themselves. Raises PictureError when one is no picture."""
-        return {path: picture_header(path) for path in self.image_filenames if path.exists()}
+        """What the files of the pictures say of themselves. Raises PictureError when one is not there or is no picture."""
+        return {path: picture_header(path) for path in self.image_filenames}
 
     def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "H W channels"]:
         """The pixels of a picture. Raises PictureError when they cannot be read."""
@@ -36,6 +36,11 @@ class OVS3DDataset(InputDataset):
 
 class LenientDataset(OVS3DDataset):
     """A dataset for looking at a run: a photo that is not there is grey."""
+
+    @cached_property
+    def headers(self) -> dict[Path, Header]:
+        """As for any dataset, of the photos that are there."""
+        return {path: picture_header(path) for path in self.image_filenames if path.is_file()}
 
     def missing(self) -> list[Path]:
         """The photos that are not there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
@@ -43,20 +44,19 @@ def user_errors() -> Iterator[None]:
         CheckpointError,
         DemoError,
     ) as error:
-        CONSOLE.quiet = False  # a rank but the first is quiet otherwise
-        CONSOLE.print(f"[bold red]Error:[/bold red] {escape(str(error))}")
-        raise SystemExit(1) from None
+        _end(str(error))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a write that fails names no file
-            CONSOLE.print(
-                f"[bold red]Error:[/bold red] There is no room to write ({escape(error.strerror or '')}); make room, or write elsewhere."
-            )
-            raise SystemExit(1) from None
+            _end(f"There is no room to write ({error.strerror or ''}); make room, or write elsewhere.")
         if error.filename is None:
             raise
-        CONSOLE.quiet = False
-        CONSOLE.print(
-            f"[bold red]Error:[/bold red] {escape(str(error.filename))} cannot be read or written "
-            f"({escape(error.strerror or str(error))}); check the path and its permissions, or make room."
+        _end(
+            f"{error.filename} cannot be read or written ({error.strerror or error}); check the path and its permissions, or "
+            "make room."
         )
-        raise SystemExit(1) from None
+
+
+def _end(sentence: str) -> NoReturn:
+    CONSOLE.quiet = False  # a rank but the first is quiet otherwise
+    CONSOLE.print(f"[bold red]Error:[/bold red] {escape(sentence)}")
+    raise SystemExit(1) from None

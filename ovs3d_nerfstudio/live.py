@@ -283,18 +283,18 @@ class LiveModel:
     @torch.no_grad()
     def point(self, origin: Sequence[float], direction: Sequence[float]) -> Point | None:
         """What a ray (in the coordinates of the viewer's scene) hits; None while there are no features."""
-        model, question = self._model, self._live.question
+        model, question, ray = self._model, self._live.question, _ray(origin, direction)
         with self._lock:
             training = model.training
             try:
                 model.eval()
-                outputs = model.get_features(_ray(origin, direction).to(model.device))
+                outputs = model.get_features(ray.to(model.device))
             finally:
                 model.train(training)
         if question is None or "directions" not in outputs:
             return None
         directions = outputs["directions"]
-        position = torch.tensor(origin) + outputs["depth"][0].cpu() * _ray(origin, direction).directions[0]
+        position = ray.origins[0] + outputs["depth"][0].cpu() * ray.directions[0]
         x, y, z = position.tolist()
         return Point(
             question.segmenter.prompts,

@@ -200,18 +200,20 @@ class OVS3DModel(NerfactoModel):
     @torch.no_grad()
     def get_features_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict:
         """As `get_outputs_for_camera`, with features in place of pictures (see `get_features`)."""
-        try:
-            self._call.features = True
+        with self._features_wanted():
             return self.get_outputs_for_camera(camera, obb_box)
-        finally:
-            self._call.features = False
 
     def get_features(self, ray_bundle: RayBundle) -> dict:
         """As `forward` in evaluation, with `directions` (normalised coefficients, R×K) and `scales` (R×S) in place of the
         pictures that are made of them: whatever the prompts are, these stay."""
+        with self._features_wanted():
+            return self(ray_bundle)
+
+    @contextmanager
+    def _features_wanted(self) -> Iterator[None]:
         try:
             self._call.features = True
-            return self(ray_bundle)
+            yield
         finally:
             self._call.features = False
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import torch
 
+from ovs3d_nerfstudio.encoders.base import reason
+
 if TYPE_CHECKING:
     from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
 
@@ -157,5 +159,6 @@ def check_device(option: str, name: str) -> None:
     except (RuntimeError, AssertionError) as error:
         known = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True))
         here = [kind for kind, there in known if there]
-        reason = (str(error).strip().splitlines() or ["unknown"])[0].rstrip(" .")
-        raise OptionError(f"{option} {name} cannot be used ({reason}); this machine has: {', '.join(here)}.") from None
+        raise OptionError(
+            f"{option} {name} cannot be used ({reason(error)}); this machine has: {', '.join(here)}."
+        ) from None

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
-from nerfstudio.utils import comms
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 from torch import Tensor
@@ -171,7 +170,7 @@ class OVS3DPipeline(VanillaPipeline):
             # itself until here. Before the semantic losses begin, their parameters take no part in a step.
             ranks.copy_first(self.model.buffers())
             self._model = DistributedDataParallel(self.model, find_unused_parameters=True, broadcast_buffers=False)  # type: ignore[assignment]
-        if self.run_folder is not None and self.chosen_prompts and comms.is_main_process():
+        if self.run_folder is not None and self.chosen_prompts and ranks.rank() == 0:
             save_legend(self.run_folder / "legend.png", self.chosen_prompts, segmenter.colors.cpu())
 
     def _start_mixture(self, prompts: Float[Tensor, "K C"]) -> None:
@@ -210,7 +209,7 @@ class OVS3DPipeline(VanillaPipeline):
         self.optimizers = training_callback_attributes.optimizers
         if trainer is not None:
             self.run_folder = trainer.base_dir
-            if comms.is_main_process():
+            if ranks.rank() == 0:
                 # ns-train wrote it before the data was read; what was chosen by the capture belongs to the run.
                 trainer.config.save_config()
         return super().get_training_callbacks(training_callback_attributes)

@@ -78,9 +78,7 @@ class Segmenter(nn.Module):
         self.pca_range = _quantiles(self.sample @ self.pca, 0.02, 0.98)
         self.range = self.similarity_range(self.text)
         self.colors = torch.from_numpy(colors_for(self.prompts, self.prompts)).to(device)
-        if len(self.prompts) > 1:
-            spread = (self.sample @ self.project(self.text)).std(-1).mean()
-            self.spread = spread.clamp(min=LEAST_RANGE)  # an encoder may embed two prompts alike
+        self.spread = self.spread_of(self.project(self.text))
 
     def ask(self, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> None:
         """Answer for other prompts from now on; basis, scene and the colours of the training's prompts stay.
@@ -103,6 +101,12 @@ class Segmenter(nn.Module):
     def similarity_range(self, text: Float[Tensor, "C D"]) -> Float[Tensor, "2 C"]:
         """The 1st and 99th percentile over the scene of the similarity with each prompt."""
         return _quantiles(self.sample @ self.project(text), 0.01, 0.99)
+
+    def spread_of(self, words: Float[Tensor, "K C"]) -> Float[Tensor, ""]:
+        """Standard deviation of similarities over projected `words`, its mean over the scene; 1 for a single word."""
+        if words.shape[1] < 2:
+            return words.new_ones(())
+        return (self.sample @ words).std(-1).mean().clamp(min=LEAST_RANGE)  # an encoder may embed two prompts alike
 
     def similarities(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n C"]:
         """z_c = cos(f, t_c) with every training prompt (3D-OVS §3.2)."""

@@ -25,6 +25,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.anomaly import check_weights
+from ovs3d_nerfstudio.checkpoints import checkpoints
 from ovs3d_nerfstudio.errors import CommandError, user_errors
 from ovs3d_nerfstudio.features.cache import written_beside
 from ovs3d_nerfstudio.saving import SavingTrainer
@@ -64,7 +65,7 @@ class OVS3DTrainer(SavingTrainer):
     """Only rank 0 evaluates, and weights that are not finite are not saved."""
 
     def eval_iteration(self, step: int) -> None:
-        if comms.is_main_process():
+        if ranks.rank() == 0:
             super().eval_iteration(step)
 
     def save_checkpoint(self, step: int) -> None:
@@ -105,9 +106,9 @@ class Processes:
                 ) from None
 
 
-def _remedy(checkpoints: Path) -> str:
-    if any(checkpoints.glob("step-*.ckpt")):
-        return f"train with --load-dir {checkpoints} to go on from the last checkpoint."
+def _remedy(folder: Path) -> str:
+    if checkpoints(folder):
+        return f"train with --load-dir {folder} to go on from the last checkpoint."
     return "start again: extracted features are kept."
 
 

@@ -48,6 +48,18 @@ def command(*words, cwd: Path, env: dict | None = None, ok: bool = True) -> subp
     return done
 
 
+@pytest.fixture
+def disk(request, tmp_path) -> Iterator[Path]:
+    """A file system of its own, of the module's DISK_SIZE."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = f"size={request.module.DISK_SIZE}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 @pytest.fixture(autouse=True)
 def writers_end_with_their_test():
     """nerfstudio's event writers are global: a later trainer in this process would write into a folder that is gone."""

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import children
@@ -20,6 +18,7 @@ from ovs3d_nerfstudio.checkpoints import checkpoints, read_checkpoint
 pytestmark = pytest.mark.slow
 
 STEPS, SAVE = 10, 2
+DISK_SIZE = "20m"
 
 
 class Training:
@@ -132,17 +131,6 @@ def test_a_kill_before_any_file_operation_of_a_save_leaves_a_whole_checkpoint(tr
             assert training.check() == (SAVE if operation <= 3 else 2 * SAVE)
             row.lost += training.steps()[-1] - training.check()
             finish(training, reference, 1)
-
-
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], check=False).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_full_disk_costs_no_checkpoint_and_ends_with_a_sentence(training, reference, disk, tally):

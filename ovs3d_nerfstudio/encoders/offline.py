@@ -199,9 +199,8 @@ class ConseEncoder(ImageTextEncoder):
     def embed_dense(self, picture: UInt8[Tensor, "H W 3"], path: Path) -> Float[Tensor, "h w D"]:
         """One embedding for each cell of the network's last map, whichever the option."""
         height, width = picture.shape[:2]
-        zoom = min(self.dense_edge / min(height, width), (self.max_pixels / (height * width)) ** 0.5)
         with torch.inference_mode():
-            cells = self._tower().head(self._zoomed(picture, zoom))[0].permute(1, 2, 0)
+            cells = self._tower().head(self._zoomed(picture, self.dense_edge / min(height, width)))[0].permute(1, 2, 0)
             return self._combine(cells.flatten(0, 1)).view(*cells.shape[:2], -1).float().cpu().clone()
 
     def _resize(self, picture: Tensor, boxes: Tensor) -> tuple[Float[Tensor, "1 3 h w"], Float[Tensor, "4"]]:
@@ -209,14 +208,15 @@ class ConseEncoder(ImageTextEncoder):
         height, width = picture.shape[:2]
         side = _mean_side(boxes)
         zoom = min(max(side, self.box_pixels[0]), self.box_pixels[1]) / side
-        zoom = min(zoom, (self.max_pixels / (height * width)) ** 0.5)
         resized = self._zoomed(picture, zoom)
         zooms = torch.tensor([resized.shape[3] / width, resized.shape[2] / height], device=self.device)
         return resized, zooms.repeat(2)
 
     def _zoomed(self, picture: Tensor, zoom: float) -> Float[Tensor, "1 3 h w"]:
-        """The picture enlarged, to whole cells of the network's last map."""
-        size = [max(1, round(edge * zoom / STRIDES[-1])) * STRIDES[-1] for edge in picture.shape[:2]]
+        """The picture enlarged as far as `max_pixels` allows, to whole cells of the network's last map."""
+        height, width = picture.shape[:2]
+        zoom = min(zoom, (self.max_pixels / (height * width)) ** 0.5)
+        size = [max(1, round(edge * zoom / STRIDES[-1])) * STRIDES[-1] for edge in (height, width)]
         pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
         return interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
 

@@ -89,7 +89,9 @@ def extract(
 
     Raises PictureError, EncoderError or CacheError with a sentence for the user.
     """
-    sizes = checked_sizes(paths, scales)
+    sizes = [picture_size(path)[::-1] for path in paths]
+    for path, size in zip(paths, sizes, strict=True):
+        check_size(path, *size, scales)
     dense = clip_features == "dense"
     fingerprint = image_text_encoder.dense_fingerprint if dense else image_text_encoder.fingerprint
     recipe = {"encoder": fingerprint, "scales": [float(s) for s in scales]}
@@ -97,16 +99,20 @@ def extract(
     tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint, "dims": token_encoder.kept_dims})
     views = CachedViews([picture_key(path) for path in paths], sizes, tuple(scales), pyramid, tokens)
     mine = range(ranks.rank(), len(paths), ranks.count())
+    stores = (pyramid, tokens)
     with ThreadPoolExecutor() as checkers:  # checksums, at the speed of the disk
-        found = checkers.map(lambda i: [store.intact(views.keys[i]) for store in (pyramid, tokens)], mine)
+        found = checkers.map(lambda i: [store.intact(views.keys[i]) for store in stores], mine)
         intact = dict(zip(mine, found, strict=True))
     missing = [i for i in mine if not all(intact[i])]
     share = f" This process has its share of {len(paths)} views." if ranks.count() > 1 else ""
     console.print(
         f"Features: {len(mine) - len(missing)} of {len(mine)} views are cached in {cache_dir}, {len(missing)} to make.{share}"
     )
-    damaged = sum(pyramid.path(views.keys[i]).exists() and not intact[i][0] for i in missing)
-    damaged += sum(tokens.path(views.keys[i]).exists() and not intact[i][1] for i in missing)
+    damaged = sum(
+        not whole and store.path(views.keys[i]).exists()
+        for i in missing
+        for store, whole in zip(stores, intact[i], strict=True)
+    )
     if damaged:
         console.print(f"Features: {damaged} cached files are damaged (their checksum is wrong) and are made again.")
     columns = (
@@ -151,24 +157,19 @@ def extract(
             make(i, partial(read_picture, paths[i]), wait=True)
             progress.update(task, advance=1, rate=_rate(progress, task))
     ranks.wait_for_all()
-    megabytes = (pyramid.size(views.keys) + tokens.size(views.keys)) / 2**20
+    megabytes = sum(store.size(views.keys) for store in stores) / 2**20
     console.print(
         f"Features: {megabytes:.1f} MB for {len(paths)} views, {megabytes / max(1, len(paths)):.2f} MB a view."
     )
     return views
 
 
-def checked_sizes(paths: Sequence[Path], scales: Sequence[float]) -> list[tuple[int, int]]:
-    """Height and width in pixels of each picture. Raises PictureError for one too small to be cut so finely."""
-    sizes = []
-    for path in paths:
-        width, height = picture_size(path)
-        try:
-            ScaleGrid.of(height, width, max(scales))
-        except ValueError as error:
-            raise PictureError(f"{path}: {error}") from None
-        sizes.append((height, width))
-    return sizes
+def check_size(path: Path, height: int, width: int, scales: Sequence[float]) -> None:
+    """Raises PictureError when a picture of `height` × `width` pixels is too small to be cut so finely."""
+    try:
+        ScaleGrid.of(height, width, max(scales))
+    except ValueError as error:
+        raise PictureError(f"{path}: {error}") from None
 
 
 def embed_pyramid(

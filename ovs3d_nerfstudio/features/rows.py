@@ -24,12 +24,12 @@ class DiskRows:
         """`folder` holds the file if it can be written, else the system's folder for temporary files does."""
         self._folder = folder if os.access(folder, os.W_OK) else None
         self._file = TemporaryFile(dir=self._folder)  # noqa: SIM115 (open until it is mapped)
-        self._dtype = torch.empty(0, dtype=dtype).numpy().dtype
+        self._empty = torch.empty(0, dtype=dtype)
 
     def append(self, rows: Tensor) -> None:
         """Raises CacheError when the disk is full. Written, not mapped: a full disk would end a mapping with a signal."""
         try:
-            self._file.write(rows.numpy().astype(self._dtype).tobytes())
+            self._file.write(rows.to(self._empty).numpy().tobytes())
             self._file.flush()
         except OSError as error:
             raise CacheError(
@@ -42,5 +42,5 @@ class DiskRows:
         """All rows, n × `width`, on the CPU; nothing may be appended any more."""
         with self._file as file:
             if not file.tell():
-                return torch.zeros(0, width, dtype=torch.from_numpy(np.empty(0, self._dtype)).dtype)
-            return torch.from_numpy(np.memmap(file, self._dtype, "c").reshape(-1, width))
+                return self._empty.reshape(0, width)
+            return torch.from_numpy(np.memmap(file, self._empty.numpy().dtype, "c").reshape(-1, width))
