@@ -21,11 +21,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -m ovs3d_nerfstudio.demo
 
+# Two files at a time: most of the time goes into starting nerfstudio's commands, on one core each.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(PYTEST) -m "not slow and not browser"
 
 # Many times the faults that `make test` tries; writes their table into docs/reliability.md.
 SOAK ?= 20

@@ -52,6 +52,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no-rebalance": {"model.fda_rebalance": False},
     "no-unmixing": {"model.unmixing_loss_mult": 0.0},
     "no-patch": {"model.patch_loss_mult": 0.0},
+    "no-color": {"model.color_loss_mult": 0.0},
     "uniform-scales": {"model.learned_scales": False},
     "undetached": {"model.detach_density": False},
     "dense": {"datamanager.clip_features": "dense"},
@@ -73,7 +74,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 REFERENCES = ("pyramid-2d", "average-3d", "truth")
 """What cannot be joined with another row."""
 ROWS = (
-    *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch"),
+    *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch", "no-color"),
     *("scale-5", "scale-7", "scale-10"),
     *("uniform-scales", "undetached", "views-10", "views-20"),
     *("ovs3d", "paper", *REFERENCES),
@@ -198,7 +199,7 @@ def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
 def _take_losses(model: OVS3DModelConfig, other: OVS3DModelConfig) -> None:
     """Gives `model` the losses of `other`, but neither its sizes nor its schedule."""
     for name in (field.name for field in fields(other)):
-        loss = name.endswith("_loss_mult") and name.split("_")[0] in ("feature", "patch", "rda", "unmixing")
+        loss = name.endswith("_loss_mult") and name.split("_")[0] in ("feature", "patch", "color", "rda", "unmixing")
         if loss or name == "rda_range" or (name.startswith("fda_") and name not in ("fda_start", "fda_pairs")):
             setattr(model, name, getattr(other, name))
 

@@ -86,11 +86,12 @@ _UNMIXING: dict[str, Any] = {
     # Weights of the losses when patches are unmixed; what each earns is in docs/results.md.
     "patch_loss_mult": 1.0,
     "unmixing_loss_mult": 1.0,
+    "color_loss_mult": 2.0,
     "feature_loss_mult": 0.1,
     "rda_loss_mult": 0.1,
     "rda_range": "scene",
-    "fda_positive_mult": 2.0,
-    "fda_negative_mult": 0.1,
+    "fda_positive_mult": 1.0,
+    "fda_negative_mult": 0.05,
     "fda_temperature": 0.5,
     "fda_temperature_unit": "spread",
 }

@@ -83,6 +83,10 @@ class OVS3DModelConfig(NerfactoModelConfig):
     """Weight of the unmixing loss: the classes inside a patch, mixed as the encoder mixes them, should be its embedding."""
     unmixing_temperature: float = 0.3
     """Temperature of the class probabilities in the unmixing loss, in units of the spread of the scene's similarities."""
+    color_loss_mult: float = 0.0
+    """Weight of the colour loss: neighbouring pixels of like colour should agree on the class."""
+    color_bandwidth: float = 0.05
+    """Distance of colours (of three channels in [0, 1]) from which on neighbours may differ in the colour loss."""
     rda_loss_mult: float = 1.0
     """Weight of RDA (3D-OVS: 1)."""
     rda_range: Literal["view", "scene"] = "view"
@@ -327,9 +331,13 @@ class OVS3DModel(NerfactoModel):
             p = (scores / (config.unmixing_temperature * segmenter.spread)).softmax(-1)
             mixed = losses.patch_distances(self.mixture.rays(p), windows, self.mixture.aperture)
             result["unmixing_loss"] = config.unmixing_loss_mult * losses.unmixing_loss(mixed, free)
+        tokens = windows.tokens
+        log_p = (scores / self.fda_temperature()).log_softmax(-1).view(*tokens.shape[:2], -1)
+        if config.color_loss_mult:
+            assert windows.colors is not None, "the pipeline asks for them"
+            alike = losses.color_loss(log_p, windows.colors, config.color_bandwidth, windows.seen)
+            result["color_loss"] = config.color_loss_mult * alike
         if config.fda_positive_mult or config.fda_negative_mult:
-            tokens = windows.tokens
-            log_p = (scores / self.fda_temperature()).log_softmax(-1).view(*tokens.shape[:2], -1)
             pairs = losses.sample_pairs(len(tokens), tokens.shape[1], config.fda_pairs, tokens.device)
             positive, negative = losses.fda_loss(
                 log_p,

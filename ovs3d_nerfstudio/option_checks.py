@@ -72,6 +72,8 @@ MODEL = {
     "feature_loss_mult": COUNT,
     "patch_loss_mult": COUNT,
     "unmixing_loss_mult": COUNT,
+    "color_loss_mult": COUNT,
+    "color_bandwidth": POSITIVE,
     "unmixing_temperature": POSITIVE,
     "rda_loss_mult": COUNT,
     "fda_positive_mult": COUNT,

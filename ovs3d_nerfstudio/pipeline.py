@@ -225,10 +225,15 @@ class OVS3DPipeline(VanillaPipeline):
         if semantics:
             model = self.config.model
             batch["teachers"], batch["ranges"] = self.datamanager.next_teachers(batch)
-            refining = model.unmixing_loss_mult or model.fda_positive_mult or model.fda_negative_mult
-            batch["class_losses"] = bool(self.chosen_prompts and refining and step >= model.fda_start)
+            refining = (
+                model.unmixing_loss_mult,
+                model.color_loss_mult,
+                model.fda_positive_mult,
+                model.fda_negative_mult,
+            )
+            batch["class_losses"] = bool(self.chosen_prompts and any(refining) and step >= model.fda_start)
             if model.patch_loss_mult or batch["class_losses"]:
-                drawn = self.datamanager.next_windows()
+                drawn = self.datamanager.next_windows(colors=bool(model.color_loss_mult))
                 if drawn is not None:
                     window_rays, batch["windows"] = drawn
         # Everything that is learned goes through one call: DDP sees only parameters that are used inside it.

@@ -202,6 +202,18 @@ def test_a_second_browser_sees_the_same_and_edits_the_same(client, chromium, vie
     other.page.close()
 
 
+def test_a_threshold_gives_what_is_not_named_to_no_prompt(client):
+    client.ask("motorbike")
+    client.says("1 prompt, embedded in")
+    client.until(lambda: client.lit("motorbike").mean() > 0.95)  # the only prompt fits best everywhere
+    client.choose("Classes", "threshold per prompt")
+    client.until(lambda: shines(client, "motorbike", "motorbike"))
+    assert client.lit("motorbike").mean() < 0.5
+    client.photograph("threshold")
+    client.choose("Classes", "argmax over prompts")
+    client.until(lambda: client.lit("motorbike").mean() > 0.95)
+
+
 def test_the_chosen_output_stays_until_its_prompt_goes(client):
     client.choose("Output type", "relevancy_cat")
     client.ask("cat; a dog")

@@ -148,3 +148,37 @@ def test_unmixing_counts_for_little_where_classes_cannot_explain_a_patch():
     known, equal, unknown = (3 * classes.grad).tolist()
     assert known == pytest.approx(1) and equal == pytest.approx(1) and unknown == pytest.approx((0.051 / 0.501) ** 4)
     assert losses.unmixing_loss(torch.zeros(0), torch.zeros(0)) == losses.patch_loss(torch.zeros(0)) == 0
+
+
+def slow_color_loss(p, colors, bandwidth, seen, side):
+    total, pairs = 0.0, 0
+    for window in range(len(p)):
+        for y, x in [(y, x) for y in range(side) for x in range(side)]:
+            for down, right in losses.NEIGHBOURS:
+                if y + down < side and 0 <= x + right < side:
+                    a, b = y * side + x, (y + down) * side + x + right
+                    alike = math.exp(-(colors[window, a] - colors[window, b]).square().sum() / (2 * bandwidth**2))
+                    counts = bool(seen[window, a] and seen[window, b])
+                    total, pairs = total + counts * alike * slow_js(p[window, a], p[window, b]), pairs + 1
+    return total / pairs
+
+
+def test_color_loss_is_its_formula_and_its_gradient_is_right():
+    log_p = distributions(2, 16, 3)
+    generator = torch.Generator().manual_seed(2)
+    colors = torch.rand(2, 16, 3, generator=generator, dtype=torch.float64) / 5
+    seen = torch.rand(2, 16, generator=generator) < 0.7
+    everything = torch.ones_like(seen)
+    for mask, given in ((seen, seen), (everything, None)):
+        expected = slow_color_loss(log_p.exp(), colors, 0.1, mask, 4)
+        assert losses.color_loss(log_p, colors, 0.1, given).item() == pytest.approx(expected, abs=1e-12)
+    logits = torch.randn(1, 9, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: losses.color_loss(x.log_softmax(-1), colors[:1, :9], 0.1), logits)
+
+
+def test_color_loss_lets_classes_change_where_colors_do_and_nowhere_else():
+    labels = (torch.arange(16) % 4 >= 2).long()
+    log_p = (20 * F.one_hot(labels, 2).float()).log_softmax(-1)[None]
+    edge, plain = labels[None, :, None].expand(1, 16, 3).float(), torch.zeros(1, 16, 3)
+    assert losses.color_loss(log_p, edge, 0.05) < 1e-6 < 0.1 < losses.color_loss(log_p, plain, 0.05)
+    assert losses.color_loss(log_p[:, :1], plain[:, :1], 0.05) == 0  # a single ray has no neighbour

@@ -54,7 +54,7 @@ def data(scene, tmp_path) -> Path:
 def test_clip_and_dino_checkpoints_train_for_real(data, checkpoints):
     history = train(pipeline(data, **checkpoints, prompts="a cat; a rocket"), 0, 5)
     assert {"rgb_loss", "feature_loss", "patch_loss", "rda_loss"} <= set(history[1])
-    assert "unmixing_loss" not in history[1] and "unmixing_loss" in history[3]
+    assert not {"unmixing_loss", "color_loss"} & set(history[1]) and {"unmixing_loss", "color_loss"} <= set(history[3])
     assert "fda_positive_loss" not in history[1] and {"fda_positive_loss", "fda_negative_loss"} <= set(history[3])
     assert all(torch.isfinite(torch.tensor(value)) for step in history for value in step.values())
     assert history[0].keys() == {"rgb_loss", "interlevel_loss", "distortion_loss"}
@@ -66,8 +66,21 @@ def test_the_papers_own_setting_trains(data, checkpoints):
     model = {name: getattr(paper, name) for name in names if name not in ("fda_start", "fda_pairs")}
     history = train(pipeline(data, model=model, **checkpoints, prompts="a cat; a rocket"), 0, 4)
     assert {"feature_loss", "rda_loss", "fda_positive_loss", "fda_negative_loss"} <= set(history[3])
-    assert not {"patch_loss", "unmixing_loss"} & set(history[3])
+    assert not {"patch_loss", "unmixing_loss", "color_loss"} & set(history[3])
     assert all(torch.isfinite(torch.tensor(value)) for step in history for value in step.values())
+
+
+@pytest.mark.parametrize("kept", [-1, 2], ids=["all photos in memory", "two photos in memory"])
+def test_windows_have_the_colors_of_their_pixels(data, checkpoints, kept):
+    trained = pipeline(data, **checkpoints, prompts="a cat; a rocket")
+    manager = trained.datamanager
+    manager.config.train_num_images_to_sample_from, manager.config.num_windows = kept, 6
+    manager.setup_train()
+    trained.prepare_features()
+    _, windows = manager.next_windows(colors=True)
+    expected = [manager.train_dataset.get_image_float32(view)[row, col] for view, row, col in windows.indices.tolist()]
+    assert torch.equal(windows.colors.reshape(-1, 3), torch.stack(expected)[:, :3])
+    assert manager.next_windows()[1].colors is None
 
 
 def test_rays_and_windows_rendered_in_one_call_are_as_if_rendered_apart(data, checkpoints):

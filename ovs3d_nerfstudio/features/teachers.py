@@ -49,6 +49,8 @@ class Windows:
     """T, rays along a window's side."""
     seen: Bool[Tensor, "W TT"] | None = None
     """Whether each ray's pixel counts; the others are ignored by the view's mask. None: all count."""
+    colors: Float[Tensor, "W TT 3"] | None = None
+    """The photo's colour at each ray, in [0, 1]; set by whoever has the photos."""
 
 
 class Teachers:
