@@ -60,6 +60,19 @@ def test_components_are_apart_by_more_than_the_gap_and_sorted_by_size():
     assert labels.tolist() == [1] * 5 + [0] * 30
 
 
+def test_a_sparse_bridge_joins_nothing_and_stretches_no_box():
+    rng = np.random.default_rng(3)
+    one, other = rng.uniform(0, 1, (4000, 3)), rng.uniform([3, 0, 0], [4, 1, 1], (3000, 3))
+    bridge = np.stack([np.linspace(0.5, 3.5, 25), np.full(25, 0.5), np.full(25, 0.5)], -1)
+    stray = rng.uniform(-2, 5, (20, 3))
+    positions = np.concatenate([one, other, bridge, stray])
+    cloud = LabelledPoints(positions, positions * 0, *np.ones((3, len(positions)), int))
+    first, second = objects(cloud, 0.25, 0.02, str)
+    for found, (low, high) in ((first, ([0, 0, 0], [1, 1, 1])), (second, ([3, 0, 0], [4, 1, 1]))):
+        assert np.abs(np.array(found["box"]["min"]) - low).max() < 0.05
+        assert np.abs(np.array(found["box"]["max"]) - high).max() < 0.05
+
+
 def test_small_parts_are_no_objects():
     positions = np.concatenate([np.random.default_rng(0).uniform(0, 1, (1000, 3)), [[9.0, 9, 9], [9, 9, 9.1]]])
     cloud = LabelledPoints(positions, positions * 0, np.ones(1002, int), np.ones(1002), np.ones(1002))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
@@ -21,8 +21,11 @@ from ovs3d_nerfstudio.model import OVS3DModel
 
 CHUNK = 1 << 16
 """Points labelled at once."""
-EDGE = 0.001
-"""Share of an object's points on either side of each axis that its box leaves out: floaters, which every field has."""
+EDGE = 0.002
+"""Share of an object's points on either side of each axis that its box leaves out: crumbs that hang on to it."""
+SPARSE = 0.05
+"""Points where a class has less than this share of its typical density are no part of an object: floaters, which every
+field has, lead from one thing to the next."""
 
 
 @dataclass
@@ -95,14 +98,29 @@ def connected(positions: Float[np.ndarray, "N 3"], gap: float) -> Int[np.ndarray
 
     Points are gathered in cubes of side `gap`; cubes that touch, corners included, are connected.
     """
-    cubes, cube_of = np.unique(np.floor(positions / gap).astype(np.int64), axis=0, return_inverse=True)
+    cubes, cube_of, _ = _cubes(positions, gap)
     pairs = cKDTree(cubes).query_pairs(1.0, p=np.inf, output_type="ndarray")
     graph = coo_matrix((np.ones(len(pairs)), pairs.T), shape=(len(cubes),) * 2)
-    component = connected_components(graph, directed=False)[1][cube_of.ravel()]
+    component = connected_components(graph, directed=False)[1][cube_of]
     order = np.argsort(-np.bincount(component), kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return rank[component]
+
+
+def crowded(positions: Float[np.ndarray, "N 3"], gap: float) -> Bool[np.ndarray, " N"]:
+    """Whether each point's cube of side `gap` holds at least `SPARSE` of what the cube of the median point holds."""
+    _, cube_of, counts = _cubes(positions, gap)
+    neighbours = counts[cube_of]
+    return neighbours >= SPARSE * np.median(neighbours)
+
+
+def _cubes(positions: np.ndarray, gap: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cubes of side `gap` that hold points, which of them holds each point, and how many each holds."""
+    cubes, cube_of, counts = np.unique(
+        np.floor(positions / gap).astype(np.int64), axis=0, return_inverse=True, return_counts=True
+    )
+    return cubes, cube_of.ravel(), counts
 
 
 def objects(cloud: LabelledPoints, gap: float, least: float, name_of: Callable[[int], str]) -> list[dict[str, Any]]:
@@ -116,6 +134,7 @@ def objects(cloud: LabelledPoints, gap: float, least: float, name_of: Callable[[
     found = []
     for class_id in np.unique(cloud.class_id[cloud.class_id > 0]).tolist():
         chosen = cloud[cloud.class_id == class_id]
+        chosen = chosen[crowded(chosen.positions, gap)]
         component = connected(chosen.positions, gap)
         for part in range(component.max() + 1):
             points = chosen[component == part]
