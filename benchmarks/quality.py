@@ -178,7 +178,7 @@ def write_results(results: Results, arguments: argparse.Namespace) -> None:
         words += ["--scene", os.path.relpath(scene, ROOT)]
     for encoder in arguments.encoder:
         words += ["--encoder", encoder]
-    words += ["--seeds", *map(str, arguments.seeds), "--json", arguments.json.name]
+    words += ["--seeds", *map(str, arguments.seeds), "--json", os.path.relpath(arguments.json, ROOT)]
     if tuple(arguments.rows) != ROWS:
         words += ["--rows", *arguments.rows]
     if arguments.steps is not None:

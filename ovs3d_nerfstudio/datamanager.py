@@ -172,4 +172,4 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
             photo = kept["image"][int(place)]
         else:
             photo = self.train_dataset.get_image_float32(view)
-        return photo[..., :3].float()
+        return photo[..., :3]

@@ -33,7 +33,8 @@ def windows(low, high, coefficients, dtype=torch.float64) -> Windows:
     covered = _coverage(torch.tensor(low), torch.tensor(high), SIDE).to(dtype)
     tokens = noise(1, SIDE * SIDE, 5, seed=3).to(dtype)
     rays = torch.zeros(SIDE * SIDE, 3, dtype=torch.long)
-    return Windows(rays, tokens, [PatchGroup(covered, covered, coefficients.to(dtype))], SIDE)
+    colors = noise(1, SIDE * SIDE, 3, seed=4).sigmoid().to(dtype)
+    return Windows(rays, tokens, [PatchGroup(covered, covered, coefficients.to(dtype))], SIDE, colors=colors)
 
 
 # Gradients at the edges of formulas ------------------------------------------------------------------------------------
