@@ -151,25 +151,22 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
         return self.teachers.at(indices[:, 0], y, x), self.teachers.ranges[indices[:, 0].to(self.device)]
 
     def next_windows(self, colors: bool = False) -> tuple[RayBundle, Windows] | None:
-        """Windows for FDA and the patch loss with their rays, or None when no window is asked for; with `colors`, the
-        photos' colours at their rays too."""
+        """Windows for FDA and the patch loss with their rays, or None when no window is asked for. With `colors`, the photos'
+        colours at their rays too; then they lie in photos that nerfstudio keeps in memory, if it does keep some."""
         assert self.teachers is not None, "teach() comes first"
-        if self.config.num_windows == 0:
+        config = self.config
+        if config.num_windows == 0:
             return None
+        kept = self.train_image_dataloader.cached_collated_batch if colors else None
+        places = {view: place for place, view in enumerate(kept["image_idx"].tolist())} if kept is not None else {}
         windows = self.teachers.windows(
-            self.config.num_windows, self.config.window_size, self._sizes, rays_a_token=self.config.rays_a_token
+            config.num_windows, config.window_size, self._sizes, None, config.rays_a_token, sorted(places) or None
         )
         if colors:
-            indices = windows.indices.cpu()
-            colored = [self._photo(int(rays[0, 0]))[rays[:, 1], rays[:, 2]] for rays in indices.split(windows.side**2)]
+            colored = []
+            for rays in windows.indices.cpu().split(windows.side**2):
+                view = int(rays[0, 0])
+                photo = kept["image"][places[view]] if kept else self.train_dataset.get_image_float32(view)
+                colored.append(photo[rays[:, 1], rays[:, 2], :3])
             windows.colors = torch.stack(colored).to(self.device)
         return self.train_ray_generator(windows.indices), windows
-
-    def _photo(self, view: int) -> Float[Tensor, "H W 3"]:
-        """A training photo in [0, 1]: of those that nerfstudio keeps in memory, else from its file."""
-        kept = self.train_image_dataloader.cached_collated_batch
-        if kept is not None and (place := (kept["image_idx"] == view).nonzero()).numel():
-            photo = kept["image"][int(place)]
-        else:
-            photo = self.train_dataset.get_image_float32(view)
-        return photo[..., :3]

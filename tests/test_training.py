@@ -80,6 +80,8 @@ def test_windows_have_the_colors_of_their_pixels(data, checkpoints, kept):
     _, windows = manager.next_windows(colors=True)
     expected = [manager.train_dataset.get_image_float32(view)[row, col] for view, row, col in windows.indices.tolist()]
     assert torch.equal(windows.colors.reshape(-1, 3), torch.stack(expected)[:, :3])
+    views = manager.train_image_dataloader.cached_collated_batch
+    assert views is None or set(windows.indices[:, 0].tolist()) <= set(views["image_idx"].tolist())
     assert manager.next_windows()[1].colors is None
 
 

@@ -9,7 +9,7 @@ not mostly seen, and pairs of tokens with an ignored one, teach nothing in windo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -149,19 +149,23 @@ class Teachers:
         sizes: Int[Tensor, "N 2"],
         generator: torch.Generator | None = None,
         rays_a_token: int = 1,
+        views: Sequence[int] | None = None,
     ) -> Windows:
         """Draw `count` windows of `side`² tokens, each from one view, rays jittered within their parts of a token.
 
         Args:
             sizes: height and width in pixels of every view as it is rendered.
             rays_a_token: rays along a token's side.
+            views: where to draw from; by default from all.
         """
         side = min(side, self._smallest)
         rays = side * rays_a_token
         corner = torch.stack(torch.meshgrid(torch.arange(rays), torch.arange(rays), indexing="ij"), -1).reshape(-1, 2)
         token = corner // rays_a_token @ torch.tensor([side, 1])
         indices, tokens, seen, patches = [], [], [], []
-        for view in torch.randint(len(self._tokens), (count,), generator=generator).tolist():
+        views = range(len(self._tokens)) if views is None else views
+        for drawn in torch.randint(len(views), (count,), generator=generator).tolist():
+            view = views[drawn]
             grid = self._tokens[view]
             h, w = grid.shape[:2]
             top = int(torch.randint(h - side + 1, (1,), generator=generator))
