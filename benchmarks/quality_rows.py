@@ -55,6 +55,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no-color": {"model.color_loss_mult": 0.0},
     "uniform-scales": {"model.learned_scales": False},
     "undetached": {"model.detach_density": False},
+    "relevancy": {"model.class_scores": "relevancy"},
     "dense": {"datamanager.clip_features": "dense"},
     "ovs3d": {},  # filled from the method of that name by `row_config`, as is `paper`
     "paper": {
@@ -76,7 +77,7 @@ REFERENCES = ("pyramid-2d", "average-3d", "truth")
 ROWS = (
     *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch", "no-color"),
     *("scale-5", "scale-7", "scale-10"),
-    *("uniform-scales", "undetached", "views-10", "views-20"),
+    *("uniform-scales", "undetached", "relevancy", "views-10", "views-20"),
     *("ovs3d", "paper", *REFERENCES),
 )
 """All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N; A+B is both."""
