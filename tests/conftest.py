@@ -1,4 +1,4 @@
-"""The run that the slow tests share: the embedded scene, small, and `ovs3d-lite` trained on it for a few seconds."""
+"""The run that the slow tests share: the embedded scene, small, and `ovs3d-lite` trained on it for half a minute."""
 
 import os
 import shutil
@@ -78,7 +78,7 @@ def scene(tmp_path_factory) -> Path:
 def train_words(scene: Path, out: Path, steps: int) -> list:
     words = ["ns-train", "ovs3d-lite", "--data", scene, "--output-dir", out, "--experiment-name", "run"]
     words += ["--timestamp", "t", "--vis", "tensorboard", "--max-num-iterations", steps]
-    words += ["--pipeline.model.semantics-start", 5, "--pipeline.model.fda-start", 10]
+    words += ["--pipeline.model.semantics-start", 5, "--pipeline.model.fda-start", 100]
     return [*words, "--pipeline.datamanager.train-num-rays-per-batch", 256]
 
 
@@ -86,7 +86,7 @@ def train_words(scene: Path, out: Path, steps: int) -> list:
 def trained(scene, tmp_path_factory) -> tuple[Path, str]:
     """The config of a run, and what its training printed."""
     out = tmp_path_factory.mktemp("trained")
-    printed = command(*train_words(scene, out, 40), cwd=out).stdout
+    printed = command(*train_words(scene, out, 150), cwd=out).stdout
     return out / "run" / "ovs3d-lite" / "t" / "config.yml", printed
 
 
