@@ -292,9 +292,8 @@ def restrict_views(scene: Path, count: int, folder: Path) -> Path:
         meta[key] = [str(root / name) for name in meta.get(key, [])]
     for frame in meta["frames"]:
         frame |= {key: str(root / frame[key]) for key in ("file_path", "mask_path", "depth_file_path") if key in frame}
-    if not (folder / "segmentations").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "segmentations").symlink_to(root / "segmentations")
+    # A copy: links that lead out of a scene are not followed.
+    shutil.copytree(root / "segmentations", folder / "segmentations", dirs_exist_ok=True)
     (folder / "transforms.json").write_text(json.dumps(meta))
     return (folder / "transforms.json").resolve()
 
