@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovs3d_nerfstudio.palette import colorize
-from ovs3d_nerfstudio.segmentation import ClassScores, Segmenter, stretched
+from ovs3d_nerfstudio.segmentation import ClassScores, Segmenter, spread_of, stretched
 
 RAYS_AT_ONCE = 1 << 16
 """Rays whose similarities with all prompts are held at a time: 26 MB for 100 prompts, whatever the picture's size."""
@@ -28,7 +28,7 @@ class Answering:
     threshold: float = 0.5
     """Least probability of a prompt against the negatives, in mode `threshold`."""
     temperature: float = 1.0
-    """Temperature τ of probabilities, in units of the spread of the scene's similarities."""
+    """Temperature τ of probabilities, in units of the spread over the scene of what classes are compared by."""
     opacity: float = 0.6
     """Opacity of the segmentation over the photo in `segmentation_overlay`."""
     normalise: bool = True
@@ -61,8 +61,11 @@ class Question:
 
     @cached_property
     def temperature(self) -> float:
-        """τ, by the spread of prompts and negatives together."""
-        return self.answering.temperature * float(self.segmenter.spread_of(torch.cat([self.text, self.others], 1)))
+        """τ, by the spread of what it divides: the prompts' scores, or similarities with prompts and negatives together."""
+        sample = self.segmenter.sample
+        if self.answering.mode == "argmax":
+            return self.answering.temperature * float(spread_of(self.scores(sample)))
+        return self.answering.temperature * float(spread_of(sample @ torch.cat([self.text, self.others], 1)))
 
     def scores(self, directions: Float[Tensor, "n K"]) -> Float[Tensor, "n C"]:
         """What the argmax over prompts is taken of."""

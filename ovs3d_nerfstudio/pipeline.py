@@ -159,6 +159,7 @@ class OVS3DPipeline(VanillaPipeline):
             teachers.sample(SAMPLE_CELLS),
             config.image_text_encoder,
             encoder.fingerprint,
+            config.model.class_scores,
         )
         prompts = segmenter.project(segmenter.text)
         teachers.measure_ranges(prompts)

@@ -46,6 +46,7 @@ class Segmenter(nn.Module):
         self.encoder = ""
         """Spec of the image-text encoder that the features and the prompts were embedded with."""
         self.fingerprint = ""
+        self._usual: Tensor | float = 0.0  # width of a range of similarities with one of the training's prompts
         self.register_buffer("basis", torch.zeros(0, 0))
         self.register_buffer("text", torch.zeros(0, 0))
         self.register_buffer("sample", torch.zeros(0, 0))
@@ -63,8 +64,9 @@ class Segmenter(nn.Module):
         sample: Float[Tensor, "n K"],
         encoder: str,
         fingerprint: str,
+        by: ClassScores = "cosine",
     ) -> None:
-        """Set everything. `sample` are coefficients of cells drawn from the whole scene."""
+        """Set everything. `sample` are coefficients of cells drawn from the whole scene; `by` is what classes are compared by."""
         device = self.basis.device
         self.prompts, self.encoder, self.fingerprint = list(prompts), encoder, fingerprint
         self.trained_prompts = self.prompts
@@ -78,15 +80,21 @@ class Segmenter(nn.Module):
         self.pca_range = _quantiles(self.sample @ self.pca, 0.02, 0.98)
         self.range = self.similarity_range(self.text)
         self.colors = torch.from_numpy(colors_for(self.prompts, self.prompts)).to(device)
-        self.spread = self.spread_of(self.project(self.text))
+        self.spread = spread_of(self.class_scores(self.sample @ self.project(self.text), by))
 
     def ask(self, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> None:
         """Answer for other prompts from now on; basis, scene and the colours of the training's prompts stay.
 
-        `text` are their embeddings by the encoder of the run.
+        `text` are their embeddings by the encoder of the run. What the run was trained on is in the scene; another prompt may
+        not be, and to stretch the little that it varies would find it all the same: its range is at least as wide as those
+        of the training's prompts commonly are (their median).
         """
+        if self.prompts == self.trained_prompts and self.prompts:
+            self._usual = self.range.diff(dim=0).quantile(0.5)
         self.prompts, self.text = list(prompts), text.to(self.basis)
-        self.range = self.similarity_range(self.text)
+        low, high = self.similarity_range(self.text)
+        new = torch.tensor([prompt not in self.trained_prompts for prompt in self.prompts], device=low.device)
+        self.range = torch.stack([low, torch.where(new, torch.maximum(high, low + self._usual), high)])
         self.colors = torch.from_numpy(colors_for(self.prompts, self.trained_prompts)).to(self.basis)
 
     @property
@@ -101,12 +109,6 @@ class Segmenter(nn.Module):
     def similarity_range(self, text: Float[Tensor, "C D"]) -> Float[Tensor, "2 C"]:
         """The 1st and 99th percentile over the scene of the similarity with each prompt."""
         return _quantiles(self.sample @ self.project(text), 0.01, 0.99)
-
-    def spread_of(self, words: Float[Tensor, "K C"]) -> Float[Tensor, ""]:
-        """Standard deviation of similarities over projected `words`, its mean over the scene; 1 for a single word."""
-        if words.shape[1] < 2:
-            return words.new_ones(())
-        return (self.sample @ words).std(-1).mean().clamp(min=LEAST_RANGE)  # an encoder may embed two prompts alike
 
     def similarities(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n C"]:
         """z_c = cos(f, t_c) with every training prompt (3D-OVS §3.2)."""
@@ -155,6 +157,13 @@ class Segmenter(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=buffer.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def spread_of(scores: Float[Tensor, "n C"]) -> Float[Tensor, ""]:
+    """Standard deviation of scores over classes, its mean over the scene; 1 for a single class."""
+    if scores.shape[1] < 2:
+        return scores.new_ones(())
+    return scores.std(-1).mean().clamp(min=LEAST_RANGE)  # an encoder may embed two prompts alike
 
 
 def stretched(values: Float[Tensor, "*n C"], low: Float[Tensor, "*n C"], high: Float[Tensor, "*n C"]) -> Tensor:
