@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ovs3d_nerfstudio.palette import colorize
-from ovs3d_nerfstudio.segmentation import ClassScores, Segmenter, spread_of, stretched
+from ovs3d_nerfstudio.segmentation import Segmenter, spread_of, stretched
 
 RAYS_AT_ONCE = 1 << 16
 """Rays whose similarities with all prompts are held at a time: 26 MB for 100 prompts, whatever the picture's size."""
@@ -41,7 +41,6 @@ class Question:
 
     segmenter: Segmenter
     """Knows the prompts. Where others may ask it something else meanwhile, a copy."""
-    class_scores: ClassScores = "cosine"
     answering: Answering = Answering()
     negatives: Float[Tensor, "N D"] | None = None
     """Embeddings of what everything else is called, needed in mode `threshold`."""
@@ -69,7 +68,7 @@ class Question:
 
     def scores(self, directions: Float[Tensor, "n K"]) -> Float[Tensor, "n C"]:
         """What the argmax over prompts is taken of."""
-        return self.segmenter.class_scores(directions @ self.text, self.class_scores)
+        return self.segmenter.class_scores(directions @ self.text)
 
     def probabilities(self, directions: Float[Tensor, "n K"]) -> Float[Tensor, "n C"]:
         """Mode `argmax`: p = softmax(z / τ) over the prompts (3D-OVS §3.2). Mode `threshold`: each prompt against the

@@ -94,6 +94,7 @@ _UNMIXING: dict[str, Any] = {
     "fda_negative_mult": 0.05,
     "fda_temperature": 0.5,
     "fda_temperature_unit": "spread",
+    "class_scores": "auto",
 }
 
 _paper = _trainer(

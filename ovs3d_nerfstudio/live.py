@@ -75,7 +75,7 @@ class LivePrompts:
                 negatives = self.question.negatives
                 if self.prompts is not None:
                     asking = _asking(trained, self.prompts, self.question.segmenter.text)
-            self.question = Question(asking, self.model.config.class_scores, self.answering, negatives)
+            self.question = Question(asking, self.answering, negatives)
         self._seen = segmenter.colors  # last: nerfstudio may interrupt a render at any line
         return True
 
@@ -124,7 +124,7 @@ class LivePrompts:
                 raise PromptError("The run has seen no features yet; ask again once training has begun.")
             asking = trained if prompts is None else _asking(trained, prompts, self._embed(trained, prompts))
             other = self._embed(trained, others) if answering.mode == "threshold" else None
-            question = Question(asking, self.model.config.class_scores, answering, other)
+            question = Question(asking, answering, other)
             with self._swap:
                 if trained is self.trained:  # else training has gone on to other features, and the question is stale
                     self.prompts, self.negatives, self.answering, self.question = prompts, others, answering, question

@@ -44,7 +44,7 @@ class OVS3DModelConfig(NerfactoModelConfig):
     """Hash grids and networks: tiny-cuda-nn, or torch with our own fast grid; auto takes tiny-cuda-nn when it imports."""
 
     average_init_density: float | None = None  # type: ignore[assignment]
-    """Density at the start. Default: by the capture (see `capture`), 0.01 from the front, about 1 all around."""
+    """Density at the start. Default: by the capture (see `capture`), 0.3 from the front, about 1 all around."""
     near_plane: float | None = None  # type: ignore[assignment]
     """Where rays begin. Default: by the capture, nerfacto's 0.05 from the front, 0.4 of the way to the subject all around."""
 
@@ -109,7 +109,8 @@ class OVS3DModelConfig(NerfactoModelConfig):
     fda_pairs: int = 16384
     """Pairs drawn in each window; memory of FDA is windows × pairs × classes."""
     class_scores: ClassScores = "cosine"
-    """What classes are compared by: cosines (3D-OVS), or cosines stretched by each prompt's range over the scene."""
+    """What classes are compared by: cosines (3D-OVS); relevancies, which are cosines stretched by each prompt's range over
+    the scene; or auto: relevancies where the encoder hardly answers to a prompt, else cosines."""
     overlay_opacity: float = 0.6
     """Opacity of the segmentation over the photo in `segmentation_overlay`."""
     learned_scales: bool = True
@@ -164,6 +165,8 @@ class OVS3DModel(NerfactoModel):
             lambda _module, _args, kwargs: setattr(self._call, "last_pass", kwargs), with_kwargs=True
         )
         self.segmenter = Segmenter()
+        if config.class_scores != "auto":
+            self.segmenter.scores = config.class_scores
         self.mixture = PatchMixture()
 
     def _choose_start(self) -> None:
@@ -284,12 +287,12 @@ class OVS3DModel(NerfactoModel):
     def pictures(self, semantics: Semantics, rgb: Float[Tensor, "*R 3"]) -> dict[str, Tensor]:
         """What a person looks at, per ray (see `Answers`)."""
         answering = Answering(opacity=self.config.overlay_opacity)
-        question = Question(self.segmenter, self.config.class_scores, answering)
+        question = Question(self.segmenter, answering)
         return dict(Answers(question, F.normalize(semantics.coefficients, dim=-1), semantics.scales, rgb))
 
     def class_scores(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n C"]:
         """What the argmax over classes is taken of: cosines (3D-OVS) or relevancies over the scene."""
-        return self.segmenter.class_scores(self.segmenter.similarities(coefficients), self.config.class_scores)
+        return self.segmenter.class_scores(self.segmenter.similarities(coefficients))
 
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
         loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)

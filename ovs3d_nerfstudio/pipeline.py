@@ -29,6 +29,7 @@ from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
 from ovs3d_nerfstudio.option_checks import check_device, check_options
 from ovs3d_nerfstudio.palette import save_legend
 from ovs3d_nerfstudio.prompts import choose_prompts
+from ovs3d_nerfstudio.segmentation import told_scores
 from ovs3d_nerfstudio.viewer import PromptPanel
 
 # nerfstudio 1.1.5 indexes its cameras in a way that torch ≥ 2.9 warns of, several lines at every step.
@@ -161,6 +162,8 @@ class OVS3DPipeline(VanillaPipeline):
             encoder.fingerprint,
             config.model.class_scores,
         )
+        if config.model.class_scores == "auto" and segmenter.scores == "relevancy":
+            CONSOLE.print(escape(told_scores(segmenter.prompts, segmenter.range)))
         prompts = segmenter.project(segmenter.text)
         teachers.measure_ranges(prompts)
         if not known:

@@ -5,38 +5,41 @@ import torch
 import torch.nn.functional as F
 
 from ovs3d_nerfstudio.answers import Question
-from ovs3d_nerfstudio.segmentation import Segmenter
+from ovs3d_nerfstudio.segmentation import ClassScores, Segmenter, chosen_scores, told_scores
 
 TRAINED = ["apple", "table"]
 
 
-def segmenter_of(by: str = "cosine") -> Segmenter:
+def segmenter_of(scores: ClassScores = "cosine") -> Segmenter:
     """A scene of three things in six dimensions, one axis each; two of them are the training's prompts."""
     torch.manual_seed(0)
     segmenter, axes = Segmenter(), torch.eye(6)
     sample = axes[torch.randint(3, (3000,))] + 0.05 * torch.randn(3000, 6)
     # The encoder hardly answers to the table, wherever it looks.
-    table = F.normalize(0.2 * axes[1] + axes[4], dim=0)
-    segmenter.configure(TRAINED, torch.stack([axes[0], table]), torch.eye(6), sample, "none", "none", by)
+    table = F.normalize(0.1 * axes[1] + axes[4], dim=0)
+    segmenter.configure(TRAINED, torch.stack([axes[0], table]), torch.eye(6), sample, "none", "none", scores)
     return segmenter
 
 
 def test_by_relevancies_a_prompt_the_encoder_hardly_answers_to_has_its_place():
-    segmenter = segmenter_of()
-    apple, table, third = torch.eye(6)[:3]
-    assert segmenter.class_scores(segmenter.similarities(table), "relevancy").argmax() == 1
-    assert segmenter.class_scores(segmenter.similarities(apple), "relevancy").argmax() == 0
-    between = segmenter.similarities(0.4 * apple + table)
-    assert segmenter.class_scores(between, "cosine").argmax() == 0, "by cosines the apple takes the table"
-    assert segmenter.class_scores(between, "relevancy").argmax() == 1
+    cosine, relevancy = segmenter_of("cosine"), segmenter_of("relevancy")
+    apple, table = torch.eye(6)[:2]
+
+    def label(segmenter: Segmenter, features: torch.Tensor) -> int:
+        return int(segmenter.class_scores(segmenter.similarities(features)).argmax())
+
+    assert (label(relevancy, apple), label(relevancy, table)) == (0, 1)
+    between = 0.4 * apple + table
+    assert label(cosine, between) == 0, "by cosines the apple takes the table"
+    assert label(relevancy, between) == 1
 
 
 def test_a_prompt_of_what_is_not_there_is_not_stretched_until_it_is_found():
-    segmenter, axes = segmenter_of(), torch.eye(6)
+    segmenter, axes = segmenter_of("relevancy"), torch.eye(6)
     before = segmenter.range.clone()
     elephant = F.normalize(0.1 * axes[2] + axes[5], dim=0)  # varies a little over the scene, as anything does
     segmenter.ask(["elephant", "cup", "apple"], torch.stack([elephant, axes[2], axes[0]]))
-    scores = segmenter.class_scores(segmenter.similarities(segmenter.sample), "relevancy")
+    scores = segmenter.class_scores(segmenter.similarities(segmenter.sample))
     assert scores[:, 0].quantile(0.99) < 0.5, "the elephant is nowhere"
     assert scores[:, 1].quantile(0.99) > 0.95, "the cup was no training prompt, and is there"
     torch.testing.assert_close(segmenter.range[:, 2], before[:, 0], msg="a prompt of the training keeps its range")
@@ -47,9 +50,35 @@ def test_a_prompt_of_what_is_not_there_is_not_stretched_until_it_is_found():
 @pytest.mark.parametrize("by", ["cosine", "relevancy"])
 def test_the_spread_is_of_what_classes_are_compared_by(by):
     segmenter = segmenter_of(by)
-    scores = segmenter.class_scores(segmenter.similarities(segmenter.sample), by)
+    scores = segmenter.class_scores(segmenter.similarities(segmenter.sample))
     assert float(segmenter.spread) == pytest.approx(float(scores.std(-1).mean()), rel=1e-5)
-    assert Question(segmenter, by).temperature == pytest.approx(float(segmenter.spread), rel=1e-5)
+    assert Question(segmenter).temperature == pytest.approx(float(segmenter.spread), rel=1e-5)
+
+
+def test_what_to_compare_by_is_chosen_by_the_narrowest_prompt():
+    assert segmenter_of("auto").scores == "relevancy"
+    assert chosen_scores("auto", torch.tensor([[0.0, 0.1, 0.0], [1.0, 0.5, 0.6]])) == "cosine"
+    assert chosen_scores("cosine", segmenter_of().range) == "cosine"
+    assert {chosen_scores("auto", torch.zeros(2, n)) for n in (0, 1)} == {"cosine"}
+    told = told_scores(TRAINED, segmenter_of().range)
+    assert (
+        "hardly answers to 'table'" in told
+        and "'apple' by 1.11" in told
+        and "--pipeline.model.class-scores cosine" in told
+    )
+
+
+def test_a_checkpoint_tells_what_was_chosen():
+    trained, loaded = segmenter_of("auto"), Segmenter()
+    loaded.load_state_dict(trained.state_dict())
+    assert loaded.scores == "relevancy"
+    state = trained.get_extra_state()
+    with pytest.raises(ValueError, match="'votes'"):
+        loaded.set_extra_state({**state, "class_scores": "votes"})
+    older = Segmenter()
+    older.scores = "relevancy"  # by its config, as that of a run whose checkpoint does not say it
+    older.set_extra_state({name: value for name, value in state.items() if name != "class_scores"})
+    assert older.scores == "relevancy"
 
 
 def test_one_class_or_none_spreads_by_one():

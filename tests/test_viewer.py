@@ -47,7 +47,7 @@ def plain_question(prompts: int = 3, negatives: int = 2, **answering) -> Questio
     basis = torch.linalg.qr(torch.randn(8, 5)).Q
     words = [f"word {i}" for i in range(prompts)]
     segmenter.configure(words, unit(torch.randn(prompts, 8), dim=-1), basis, torch.randn(50, 5), "none", "none")
-    return Question(segmenter, "cosine", Answering(**answering), unit(torch.randn(negatives, 8), dim=-1))
+    return Question(segmenter, Answering(**answering), unit(torch.randn(negatives, 8), dim=-1))
 
 
 def test_a_prompt_is_weighed_against_each_negative_by_itself():

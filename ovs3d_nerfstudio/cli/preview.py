@@ -25,6 +25,7 @@ from ovs3d_nerfstudio.option_checks import check_device, check_file
 from ovs3d_nerfstudio.palette import palette
 from ovs3d_nerfstudio.pictures import read_picture
 from ovs3d_nerfstudio.prompts import choose_prompts
+from ovs3d_nerfstudio.segmentation import chosen_scores, percentiles, stretched, told_scores
 
 NEVER = 0.005
 """A prompt that wins less than this share of the pictures is said never to win."""
@@ -73,8 +74,15 @@ class Command(SceneOptions):
         text = encoder.embed_text(prompts).float()
         similarities = [similarity_maps(views, view, text) for view in range(len(paths))]
         flat = torch.cat([scale.flatten(0, 1) for view in similarities for scale in view])
+        ranges = percentiles(flat[:: 1 + len(flat) // 20000])
+        scores = chosen_scores(config.model.class_scores, ranges)
+        if scores == "relevancy":
+            flat = stretched(flat, *ranges)
+            similarities = [[stretched(scale, *ranges) for scale in view] for view in similarities]
         shares = win_shares(flat)
         advice = hints(prompts, flat, shares)
+        if config.model.class_scores == "auto" and scores == "relevancy":
+            advice.append(told_scores(prompts, ranges))
         for hint in advice:
             CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
         shown = [
