@@ -56,6 +56,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "uniform-scales": {"model.learned_scales": False},
     "undetached": {"model.detach_density": False},
     "relevancy": {"model.class_scores": "relevancy"},
+    "cosine": {"model.class_scores": "cosine"},
     "dense": {"datamanager.clip_features": "dense"},
     "ovs3d": {},  # filled from the method of that name by `row_config`, as is `paper`
     "paper": {
