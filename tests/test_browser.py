@@ -132,6 +132,8 @@ class Client:
     def lit(self, prompt: str) -> np.ndarray:
         """Where the picture has the colour of `prompt`, 480×640."""
         segmenter = self.viewer.pipeline.prompt_panel.live.question.segmenter
+        if prompt not in segmenter.prompts:  # a click on the page has not come here yet
+            return np.zeros((480, 640), bool)
         color = 255 * segmenter.colors[segmenter.prompts.index(prompt)].numpy()
         return np.abs(self.look() - color).max(-1) < 48  # JPEG and the page's scaling mix neighbours
 
