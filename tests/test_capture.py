@@ -7,7 +7,7 @@ import pytest
 import torch
 from nerfstudio.configs.method_configs import all_methods
 
-from ovs3d_nerfstudio.capture import NERFACTO_NEAR, THIN_DENSITY, capture_of, nearest_to_axes, turn_of
+from ovs3d_nerfstudio.capture import capture_of, nearest_to_axes, turn_of
 from ovs3d_nerfstudio.demo.raycast import Camera
 from ovs3d_nerfstudio.demo.scene import train_cameras
 
@@ -54,7 +54,7 @@ def test_a_full_turn_is_seen_in_any_frame_and_starts_in_proportion():
 )
 def test_arcs_parallel_and_outward_cameras_start_thin(poses):
     capture = capture_of(moved(poses, 1.0))
-    assert not capture.around and capture.start() == (THIN_DENSITY, NERFACTO_NEAR)
+    assert not capture.around and capture.start() == (0.3, 0.05)
 
 
 def test_looking_straight_down_is_from_the_front():
@@ -85,9 +85,7 @@ def test_a_turn_is_what_the_widest_gap_leaves():
     assert turn_of(torch.tensor([[0.0, 0, -1]] * 5), torch.tensor([0.0, 0, 1])) == 0
 
 
-@pytest.mark.parametrize(
-    "given, kept", [({}, (THIN_DENSITY, NERFACTO_NEAR)), ({"near_plane": 0.2}, (THIN_DENSITY, 0.2))]
-)
+@pytest.mark.parametrize("given, kept", [({}, (0.3, 0.05)), ({"near_plane": 0.2}, (0.3, 0.2))])
 def test_the_start_is_said_and_what_the_user_gives_stays(scene, capsys, given, kept):
     config = copy.deepcopy(all_methods["ovs3d-lite"].pipeline)
     config.datamanager.data = scene
@@ -97,7 +95,7 @@ def test_the_start_is_said_and_what_the_user_gives_stays(scene, capsys, given, k
     printed = " ".join(capsys.readouterr().out.split())
     assert "Captured from the front (the cameras turn through" in printed and "--pipeline.model.near-plane" in printed
     assert (model.field.average_init_density, model.collider.near_plane) == kept
-    assert {network.average_init_density for network in model.proposal_networks} == {THIN_DENSITY}
+    assert {network.average_init_density for network in model.proposal_networks} == {0.3}
 
 
 def test_a_start_given_whole_needs_no_saying(scene, capsys):

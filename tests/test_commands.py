@@ -17,8 +17,6 @@ import yaml
 from conftest import command
 from PIL import Image
 
-from ovs3d_nerfstudio.capture import NERFACTO_NEAR, THIN_DENSITY
-
 pytestmark = pytest.mark.slow
 
 
@@ -32,7 +30,7 @@ def test_training_says_what_it_takes_and_makes(trained):
     assert "Captured from the front" in printed
     # What was chosen by the capture is the run's from then on.
     chosen = yaml.load(config.read_text(), yaml.Loader).pipeline.model
-    assert (chosen.average_init_density, chosen.near_plane) == (THIN_DENSITY, NERFACTO_NEAR)
+    assert (chosen.average_init_density, chosen.near_plane) == (0.3, 0.05)
     assert "prompts from the scene's" in printed.replace("\n", " ")
     assert "0 of 8 views are cached" in printed and "MB a view" in printed and "dimensions hold" in printed
     assert "Training Finished" in printed

@@ -12,6 +12,7 @@ from plyfile import PlyData
 
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, make_scene, train_cameras
+from ovs3d_nerfstudio.prompts import CLASSES_FILE, read_prompts_file
 
 pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "quality.py"
@@ -70,7 +71,7 @@ def test_what_is_exported_stands_where_the_scene_does(scene):
 
 def write_label_maps(scene: Path) -> None:
     """What the row `truth` learns from: each pixel's class, as its line in classes.txt."""
-    listed = (scene / "segmentations" / "classes.txt").read_text().split("\n")
+    listed = read_prompts_file(scene / CLASSES_FILE)
     solids = demo_solids()
     (scene / "label_maps").mkdir()
     for i, camera in enumerate(train_cameras(VIEWS, WIDTH)):
