@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ovs3d_nerfstudio.annotations import mask_stem
 from ovs3d_nerfstudio.palette import colors_for
+from ovs3d_nerfstudio.prompts import prompt_key
 from ovs3d_nerfstudio.renderers import LEAST_LENGTH
 
 LEAST_RANGE = 1e-3
@@ -101,7 +102,8 @@ class Segmenter(nn.Module):
             self._usual = self.range.diff(dim=0).quantile(0.5)
         self.prompts, self.text = list(prompts), text.to(self.basis)
         low, high = self.similarity_range(self.text)
-        new = torch.tensor([prompt not in self.trained_prompts for prompt in self.prompts], device=low.device)
+        trained = {prompt_key(prompt) for prompt in self.trained_prompts}
+        new = torch.tensor([prompt_key(prompt) not in trained for prompt in self.prompts], device=low.device)
         self.range = torch.stack([low, torch.where(new, torch.maximum(high, low + self._usual), high)])
         self.colors = torch.from_numpy(colors_for(self.prompts, self.trained_prompts)).to(self.basis)
 

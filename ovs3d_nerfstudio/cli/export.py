@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Union
 
 import numpy as np
 import tyro
+from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
@@ -97,6 +98,7 @@ class ExportPointCloud(_Export):
             if not near.any():
                 raise CommandError(f"--farthest {self.farthest} leaves no point; raise it, or give 0 to keep all.")
             cloud = cloud[near]
+        low, high = np.quantile(cloud.positions, [0.01, 0.99], axis=0)
         if self.frame == "data":
             frame = frame_of(pipeline)
             cloud.positions, diagonal = frame.to_data(cloud.positions), diagonal / frame.scale
@@ -118,6 +120,9 @@ class ExportPointCloud(_Export):
         write_json(self.output_dir / "objects.json", {"frame": self.frame, "objects": found})
         self.said(self.output_dir / "point_cloud.ply", f"{len(table)} points")
         self.said(self.output_dir / "objects.json", f"{len(found)} objects")
+        CONSOLE.print(
+            f"For a mesh of this part of the scene, give ns-export tsdf: {box_options(low, high)}", soft_wrap=True
+        )
 
 
 @dataclass
@@ -184,6 +189,12 @@ class ExportSplat(_Export):
             write_ply(self.path_of(label, prompt), table[chosen])
             write_ply(self.path_of(label, prompt, "-removed"), table[~chosen])
             CONSOLE.print(escape(f"{prompt}: {chosen.sum()} Gaussians"))
+
+
+def box_options(low: Float[np.ndarray, " 3"], high: Float[np.ndarray, " 3"]) -> str:
+    """A box in the model's frame, as options of ns-export tsdf, whose own box is about the cameras and cuts through scenes."""
+    corners = (" ".join(f"{value:.2f}" for value in corner) for corner in (low, high))
+    return " ".join(f"--bounding-box-{end} {corner}" for end, corner in zip(("min", "max"), corners, strict=True))
 
 
 def camera_diagonal(pipeline: OVS3DPipeline) -> float:
