@@ -19,6 +19,7 @@ from ovs3d_nerfstudio.model import OVS3DModel
 from ovs3d_nerfstudio.prompts import PromptError, clean_prompt, parse_prompts
 
 if TYPE_CHECKING:
+    from nerfstudio.viewer.render_state_machine import RenderAction, RenderStateMachine
     from nerfstudio.viewer.viewer import Viewer
 
 MODES = {"argmax over prompts": "argmax", "threshold per prompt": "threshold"}
@@ -195,6 +196,7 @@ class PromptPanel(ViewerControl):
         from nerfstudio.viewer.render_state_machine import RenderAction
 
         for machine in list(self.viewer.render_statemachines.values()):
+            keep_steps(machine)
             machine.action(RenderAction("step", self.viewer.get_camera_state(machine.client)))
 
     def _update_outputs(self, names: list[str]) -> None:
@@ -243,6 +245,23 @@ class PromptPanel(ViewerControl):
     def _clicked(self, click: ViewerClick) -> None:
         point = self._view.point(click.origin, click.direction)
         self._point.content = "" if point is None else described(point)
+
+
+def keep_steps(machine: RenderStateMachine) -> None:
+    """Has a view that waits to be rendered wait on when nerfstudio's loop comes up with nothing to do.
+
+    That loop asks for a static picture after 0.2 s without an action. It would take the place of a step that came in just
+    then, and does nothing itself where the view stands at full resolution: the page would keep the old picture.
+    """
+    if "action" in vars(machine):
+        return
+    act = machine.action
+
+    def action(action: RenderAction) -> None:
+        if action.action != "static" or machine.next_action is None:
+            act(action)
+
+    machine.action = action  # type: ignore[method-assign]
 
 
 def legend(prompts: Sequence[str], colors: Sequence[Sequence[float]], shares: Sequence[float]) -> str:

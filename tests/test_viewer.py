@@ -17,7 +17,7 @@ from ovs3d_nerfstudio.encoders.base import EncoderError
 from ovs3d_nerfstudio.live import FeatureCache, LiveModel, LivePrompts
 from ovs3d_nerfstudio.prompts import PromptError
 from ovs3d_nerfstudio.segmentation import Segmenter
-from ovs3d_nerfstudio.viewer import legend
+from ovs3d_nerfstudio.viewer import keep_steps, legend
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +334,23 @@ def test_a_run_opens_for_looking_when_its_photos_are_gone(seen, tmp_path, capsys
     assert "is not there to compare with" in " ".join(capsys.readouterr().out.split())
     with pytest.raises((FileNotFoundError, SystemExit)):
         pipeline(folder)
+
+
+def test_a_step_that_waits_is_not_lost_to_the_loops_own_static():
+    # Not above: nerfstudio's modules import each other in a circle, and this one must be the second.
+    from nerfstudio.viewer.render_state_machine import RenderAction, RenderStateMachine
+
+    machine = RenderStateMachine(None, 1.0, None)
+    machine.state = "high"  # where a static action renders nothing
+    keep_steps(machine)
+    keep_steps(machine)
+    machine.action(RenderAction("static", None))
+    assert machine.next_action.action == "static"
+    machine.action(RenderAction("step", None))
+    machine.action(RenderAction("static", None))
+    assert machine.next_action.action == "step"
+    machine.action(RenderAction("move", None))
+    assert machine.next_action.action == "move"
 
 
 def test_edits_while_training_renders_and_saves(data, checkpoints, tmp_path):  # noqa: F811
