@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -136,6 +137,7 @@ class Benchmark:
             if name == "nerfacto":
                 names = {field.name for field in dataclasses.fields(NerfactoModelConfig)} - {"_target"}
                 data, rays = pipeline.datamanager.dataparser, pipeline.datamanager.train_num_rays_per_batch
+                model = self.run("ours").model.config  # near plane and start as chosen by the capture
                 pipeline = VanillaPipelineConfig(
                     datamanager=VanillaDataManagerConfig(
                         data=self.scene, dataparser=data, train_num_rays_per_batch=rays, eval_num_rays_per_batch=rays
@@ -372,7 +374,7 @@ def fill(page: Path, marker: str, text: str) -> None:
 
 
 def few_views(scene: Path, folder: Path, train: int = 3, test: int = 1) -> Path:
-    """`scene` with its first views only, for --quick: links beside a shortened transforms.json."""
+    """`scene` with its first views only, for --quick: copies beside a shortened transforms.json."""
     transforms = json.loads((scene / "transforms.json").read_text())
     counts = {"train_filenames": train, "val_filenames": test, "test_filenames": test}
     for name in counts.keys() & transforms.keys():
@@ -381,14 +383,21 @@ def few_views(scene: Path, folder: Path, train: int = 3, test: int = 1) -> Path:
     frames = transforms["frames"]
     transforms["frames"] = [f for f in frames if f["file_path"] in kept] if kept else frames[: train + test]
     folder.mkdir()
-    for part in scene.iterdir():
-        if part.name not in ("transforms.json", "segmentations") and not part.name.startswith("."):
-            (folder / part.name).symlink_to(part.resolve())
     stems = {Path(frame["file_path"]).stem for frame in transforms["frames"]}
-    (folder / "segmentations").mkdir()
+    for part in scene.iterdir():
+        if part.name.startswith(".") or part.name == "transforms.json":
+            continue
+        if part.is_file():
+            shutil.copy(part, folder)
+        elif part.name != "segmentations":
+            shutil.copytree(part, folder / part.name)
     for part in (scene / "segmentations").glob("*"):  # masks must belong to views
-        if part.is_file() or part.name in stems:
-            (folder / "segmentations" / part.name).symlink_to(part.resolve())
+        target = folder / "segmentations" / part.name
+        target.parent.mkdir(exist_ok=True)
+        if part.is_file():
+            shutil.copy(part, target)
+        elif part.name in stems:
+            shutil.copytree(part, target)
     (folder / "transforms.json").write_text(json.dumps(transforms))
     return folder
 

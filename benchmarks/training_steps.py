@@ -128,6 +128,7 @@ def profile(run: Run, blocks: int) -> str:
         (model, "semantic_losses", "semantic losses: feature, the rest"),
         (losses, "rda_loss", "semantic losses: RDA"),
         (losses, "fda_loss", "semantic losses: FDA"),
+        (losses, "color_loss", "semantic losses: colour"),
         (losses, "patch_distances", "semantic losses: patches, unmixing"),
         (FastHashEncoding, "forward", "hash grids, forward"),
         (Tensor, "backward", "backward"),
