@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from ovs3d_nerfstudio.checkpoints import checkpoints
 from ovs3d_nerfstudio.errors import CommandError, user_errors
 from ovs3d_nerfstudio.features.cache import written_beside
 from ovs3d_nerfstudio.saving import SavingTrainer
+from ovs3d_nerfstudio.threads import busy_hint, let_sleep
 
 
 @dataclass
@@ -64,6 +65,13 @@ class OVS3DTrainerConfig(TrainerConfig):
 class OVS3DTrainer(SavingTrainer):
     """Only rank 0 evaluates, and weights that are not finite are not saved."""
 
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        """As nerfstudio's; says first what would make training on a CPU slow."""
+        hint = busy_hint(torch.get_num_threads()) if self.config.machine.device_type == "cpu" else None
+        if hint:
+            CONSOLE.print(hint, style="yellow")
+        super().setup(test_mode)
+
     def eval_iteration(self, step: int) -> None:
         if ranks.rank() == 0:
             super().eval_iteration(step)
@@ -90,6 +98,7 @@ class Processes:
         config, machine = self.config, self.config.machine
         # The cores are divided, or the processes would take them from each other.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // machine.num_devices)))
+        let_sleep()
         with TemporaryDirectory(prefix="ovs3d-") as folder, user_errors():
             url = ranks.meeting_in(Path(folder)) if machine.dist_url == "auto" else machine.dist_url
             processes = mp.spawn(_work, nprocs=machine.num_devices, join=False, args=(config, url))

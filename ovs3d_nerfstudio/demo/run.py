@@ -16,6 +16,7 @@ from PIL import Image
 
 from ovs3d_nerfstudio.demo.scene import make_scene
 from ovs3d_nerfstudio.features.cache import written_beside
+from ovs3d_nerfstudio.threads import let_sleep
 
 RUN = Path("run") / "ovs3d-lite"
 
@@ -28,6 +29,7 @@ def run_demo(folder: Path, steps: int | None = None, video: bool = True) -> Path
         video: whether to render the video, the slowest picture.
     """
     started = time.time()
+    let_sleep()
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"The demo scene: {make_scene(folder / 'scene')}")
