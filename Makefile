@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# Threads that wait for each other sleep: spinning, they slow training ten times as soon as something else runs.
+# Threads that wait for each other sleep: spinning, they make training several times slower as soon as something else runs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: install demo test test-fast soak lint format clean

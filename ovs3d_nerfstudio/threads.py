@@ -1,7 +1,7 @@
 """How threads wait for each other on a CPU: asleep, where we can choose; else the user is told.
 
 OpenMP's threads spin while they wait, by default, and so take the cores from those they wait for as soon as anything else
-runs: training on two cores beside one busy process took thirteen times as long as with sleeping threads
+runs: training on two cores beside one busy process took two to twelve times as long as with sleeping threads
 (docs/performance.md). OpenMP reads the environment once, when torch is loaded.
 """
 
@@ -29,6 +29,6 @@ def busy_hint(threads: int) -> str | None:
     if cores < BUSY:
         return None
     return (
-        f"Other programs use {cores:.1f} of {psutil.cpu_count()} cores: training on the CPU can take ten times as long, as "
-        f"its threads spin while they wait for each other. To let them sleep, put {VARIABLE}={SLEEP} before the command."
+        f"Other programs use {cores:.1f} of {psutil.cpu_count()} cores: training on the CPU can take several times as long, "
+        f"as its threads spin while they wait for each other. To let them sleep, put {VARIABLE}={SLEEP} before the command."
     )
