@@ -382,22 +382,16 @@ def few_views(scene: Path, folder: Path, train: int = 3, test: int = 1) -> Path:
     kept = {file for name in counts for file in transforms.get(name, [])}
     frames = transforms["frames"]
     transforms["frames"] = [f for f in frames if f["file_path"] in kept] if kept else frames[: train + test]
-    folder.mkdir()
     stems = {Path(frame["file_path"]).stem for frame in transforms["frames"]}
-    for part in scene.iterdir():
-        if part.name.startswith(".") or part.name == "transforms.json":
-            continue
-        if part.is_file():
-            shutil.copy(part, folder)
-        elif part.name != "segmentations":
-            shutil.copytree(part, folder / part.name)
-    for part in (scene / "segmentations").glob("*"):  # masks must belong to views
-        target = folder / "segmentations" / part.name
-        target.parent.mkdir(exist_ok=True)
-        if part.is_file():
-            shutil.copy(part, target)
-        elif part.name in stems:
-            shutil.copytree(part, target)
+
+    def left_out(parent: str, names: list[str]) -> list[str]:
+        if Path(parent) == scene:
+            return [name for name in names if name.startswith(".") or name == "transforms.json"]
+        if Path(parent) == scene / "segmentations":  # masks must belong to views
+            return [name for name in names if name not in stems and Path(parent, name).is_dir()]
+        return []
+
+    shutil.copytree(scene, folder, ignore=left_out)
     (folder / "transforms.json").write_text(json.dumps(transforms))
     return folder
 

@@ -25,10 +25,11 @@ def busy_hint(threads: int) -> str | None:
     """A sentence for who trains with `threads` spinning threads beside other programs; None where all is well."""
     if threads == 1 or VARIABLE in os.environ:
         return None
-    cores = psutil.cpu_percent(LOOK) / 100 * (psutil.cpu_count() or 1)  # while this process sleeps
-    if cores < BUSY:
+    cores = psutil.cpu_count() or 1
+    used = psutil.cpu_percent(LOOK) / 100 * cores  # while this process sleeps
+    if used < BUSY:
         return None
     return (
-        f"Other programs use {cores:.1f} of {psutil.cpu_count()} cores: training on the CPU can take several times as long, "
+        f"Other programs use {used:.1f} of {cores} cores: training on the CPU can take several times as long, "
         f"as its threads spin while they wait for each other. To let them sleep, put {VARIABLE}={SLEEP} before the command."
     )
