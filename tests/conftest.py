@@ -14,6 +14,9 @@ from children import TINY_CLIP as CLIP
 from tally import Tally
 
 from ovs3d_nerfstudio.demo.scene import make_scene
+from ovs3d_nerfstudio.threads import let_sleep
+
+let_sleep()  # of the commands that tests start, also where pytest is not started by `make`
 
 # transformers itself stays: torchmetrics, which nerfstudio imports, wants it when it is installed.
 BLOCKER = """
