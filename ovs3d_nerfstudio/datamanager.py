@@ -148,7 +148,9 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
         assert self.teachers is not None, "teach() comes first"
         indices = batch["indices"].cpu()
         y, x = ((indices[:, 1:] + 0.5) / self._sizes[indices[:, 0]]).unbind(-1)
-        return self.teachers.at(indices[:, 0], y, x), self.teachers.ranges[indices[:, 0].to(self.device)]
+        return self.teachers.at(indices[:, 0], y, x), self.teachers.ranges[
+            indices[:, 0].to(self.device, non_blocking=True)
+        ]
 
     def next_windows(self, colors: bool = False) -> tuple[RayBundle, Windows] | None:
         """Windows for FDA and the patch loss with their rays, or None when no window is asked for. With `colors`, the photos'
@@ -168,5 +170,5 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
                 view = int(rays[0, 0])
                 photo = kept["image"][places[view]] if kept else self.train_dataset.get_image_float32(view)
                 colored.append(photo[rays[:, 1], rays[:, 2], :3])
-            windows.colors = torch.stack(colored).to(self.device)
+            windows.colors = torch.stack(colored).to(self.device, non_blocking=True)
         return self.train_ray_generator(windows.indices), windows

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, image_text_encoder, reason
+from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts import prompt_key
 from ovs3d_nerfstudio.segmentation import Segmenter
 
@@ -26,6 +27,7 @@ class Embedder:
         self.seconds = 0.0
         """Time that embedding has taken so far, without the loading of the encoder."""
 
+    @single_precision()
     def __call__(self, segmenter: Segmenter, prompts: Sequence[str]) -> Float[Tensor, "C D"]:
         """Embeddings of `prompts` on the CPU.
 

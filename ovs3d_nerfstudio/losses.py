@@ -26,7 +26,7 @@ def cosine_loss(features: Float[Tensor, "R K"], targets: Float[Tensor, "R K"]) -
 
 def js_divergence(log_p: Float[Tensor, "*n C"], log_q: Float[Tensor, "*n C"]) -> Float[Tensor, "*n"]:
     """Jensen–Shannon divergence in nats of two distributions given as logarithms; 0 … ln 2."""
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype, device=log_p.device))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
 
 

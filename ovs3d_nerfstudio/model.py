@@ -31,6 +31,7 @@ from ovs3d_nerfstudio.features.teachers import Windows
 from ovs3d_nerfstudio.field import LInfContraction, SemanticField
 from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids
 from ovs3d_nerfstudio.mixing import PatchMixture
+from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.renderers import Semantics, composite, top_samples
 from ovs3d_nerfstudio.segmentation import ClassScores, Segmenter, stretched
 
@@ -160,6 +161,9 @@ class OVS3DModel(NerfactoModel):
                     module.position_gradients = needed
         # What the current call of `forward` is about: one for each thread, as the viewer renders in threads of its own.
         self._call = threading.local()
+        # Corrected in half precision, rays of a 4K photo would miss their pixels by one.
+        correct = self.camera_optimizer.apply_to_raybundle
+        self.camera_optimizer.apply_to_raybundle = single_precision()(correct)  # type: ignore[method-assign]
         # Nerfacto keeps the samples and weights of its last pass to itself at test time.
         self.renderer_expected_depth.register_forward_pre_hook(
             lambda _module, _args, kwargs: setattr(self._call, "last_pass", kwargs), with_kwargs=True
@@ -298,7 +302,7 @@ class OVS3DModel(NerfactoModel):
         loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)
         if "teachers" in batch:
             # In single precision: half of it holds a cosine to three digits, and no salient feature beyond 65 504.
-            with torch.autocast(self.device.type, enabled=False):
+            with single_precision():
                 loss_dict |= self.semantic_losses(outputs, batch)
         return loss_dict
 
@@ -355,9 +359,9 @@ class OVS3DModel(NerfactoModel):
             result["fda_negative_loss"] = config.fda_negative_mult * negative
         return result
 
-    def fda_temperature(self) -> float:
+    def fda_temperature(self) -> Float[Tensor, ""] | float:
         """τ of FDA; in units of the spread of similarities over the scene unless it is to be taken as it stands."""
-        unit = float(self.segmenter.spread) if self.config.fda_temperature_unit == "spread" else 1.0
+        unit = self.segmenter.spread if self.config.fda_temperature_unit == "spread" else 1.0
         return self.config.fda_temperature * unit
 
     def get_image_metrics_and_images(self, outputs, batch) -> tuple[dict[str, float], dict[str, Tensor]]:

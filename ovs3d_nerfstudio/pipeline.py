@@ -28,6 +28,7 @@ from ovs3d_nerfstudio.features.basis import Basis, fit_basis
 from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
 from ovs3d_nerfstudio.option_checks import check_device, check_options
 from ovs3d_nerfstudio.palette import save_legend
+from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts import choose_prompts
 from ovs3d_nerfstudio.segmentation import told_scores
 from ovs3d_nerfstudio.viewer import PromptPanel
@@ -124,6 +125,7 @@ class OVS3DPipeline(VanillaPipeline):
     def model(self) -> OVS3DModel:
         return super().model  # type: ignore[return-value]
 
+    @single_precision()
     def prepare_features(self) -> None:
         """Extract, fit the basis, embed the prompts. A resumed run keeps the basis of its checkpoint.
 
@@ -157,7 +159,7 @@ class OVS3DPipeline(VanillaPipeline):
             self.chosen_prompts,
             text,
             basis.vectors,
-            teachers.sample(SAMPLE_CELLS),
+            ranks.from_first(lambda: teachers.sample(SAMPLE_CELLS)),
             config.image_text_encoder,
             encoder.fingerprint,
             config.model.class_scores,
@@ -223,7 +225,8 @@ class OVS3DPipeline(VanillaPipeline):
             device = torch.device(self.device)
             with user_errors(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 self.prepare_features()
-        ray_bundle, batch = self.datamanager.next_train(step)
+        with single_precision():
+            ray_bundle, batch = self.datamanager.next_train(step)
         semantics = step >= self.config.model.semantics_start
         window_rays = None
         if semantics:

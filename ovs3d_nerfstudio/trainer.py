@@ -7,6 +7,7 @@ it trains "one process" as ever, and that one is `Processes`, which starts the o
 from __future__ import annotations
 
 import os
+import sys
 import time
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,9 @@ from ovs3d_nerfstudio.errors import CommandError, user_errors
 from ovs3d_nerfstudio.features.cache import written_beside
 from ovs3d_nerfstudio.saving import SavingTrainer
 from ovs3d_nerfstudio.threads import busy_hint, let_sleep
+
+GRACE = 5.0
+"""Seconds that a process whose partner died waits for the launcher, which knows how it died."""
 
 
 @dataclass
@@ -156,11 +160,24 @@ def _work(local_rank: int, config: OVS3DTrainerConfig, url: str) -> None:
         group = dist.new_group(on_it)
         if other == machine.machine_rank:
             comms.LOCAL_PROCESS_GROUP = group  # type: ignore[assignment]
+    ranks.watch(_end_with)
     try:
         train_loop(local_rank, count, config, rank)
     except RuntimeError:
         # When a rank dies the others fail in their next exchange with it. They wait for the launcher to stop them, so that
         # what it says of the one that died is the only message.
-        time.sleep(5)
+        time.sleep(GRACE)
         raise
-    dist.destroy_process_group()
+    ranks.leave()
+
+
+def _end_with(other: int) -> None:
+    """Ends this process, as rank `other` died: it may wait for it on the GPU, which nothing but its end interrupts."""
+    time.sleep(GRACE)  # on one machine the launcher stops us, and says more
+    CONSOLE.quiet = False
+    CONSOLE.print(
+        f"[bold red]Error:[/bold red] The process of rank {other} died or cannot be reached, so this one (rank "
+        f"{ranks.rank()}) stops; start all of them again with --load-dir to go on from the last checkpoint."
+    )
+    sys.stdout.flush()
+    os._exit(1)

@@ -11,7 +11,7 @@ from nerfstudio.data.scene_box import SceneBox
 from torch.autograd import gradcheck
 
 from ovs3d_nerfstudio import losses
-from ovs3d_nerfstudio.anomaly import AnomalyError, LossGuard, check_weights
+from ovs3d_nerfstudio.anomaly import PATIENCE, AnomalyError, LossGuard, check_weights
 from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows, _coverage
 from ovs3d_nerfstudio.renderers import composite, top_samples
 from ovs3d_nerfstudio.segmentation import Segmenter, stretched
@@ -235,8 +235,14 @@ def test_a_broken_loss_is_named_with_its_step_and_a_remedy(late):
     guard.check(11, {"rgb_loss": good, "rda_loss": good})
     broken = {"rgb_loss": good, "rda_loss": good * torch.inf, "feature_loss": good * torch.nan}
     with pytest.raises(AnomalyError, match=r"step 12: rda_loss is inf, feature_loss is nan\. .*--optimizers"):
-        guard.check(12, broken)
-        guard.check(13, {"rgb_loss": good})
+        for step in range(13 - PATIENCE if late else 12, 14):
+            guard.check(step, broken if step < 13 else {"rgb_loss": good})
+
+
+def test_what_a_gradient_scaler_skips_now_and_then_ends_nothing():
+    guard, good = LossGuard(late=True), torch.tensor(0.5)
+    for step in range(5 * PATIENCE):
+        guard.check(step, {"rgb_loss": good if step % PATIENCE == 0 else good * torch.nan})
 
 
 def test_weights_that_are_not_finite_are_not_saved():

@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-FORMAT = 1
-"""Raised when the meaning of a file changes; older files are then simply not found."""
+FORMAT = 2
+"""Raised when the meaning of a file changes; older files are then simply not found. Those of 1 may hold what was computed in half
+precision, under the trainer's autocast."""
 
 
 HEADER = "ovs3d"

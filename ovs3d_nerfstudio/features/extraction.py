@@ -31,6 +31,7 @@ from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder, pool_
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache, picture_key
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
 from ovs3d_nerfstudio.pictures import PictureError, picture_size, read_picture
+from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts import leads_out_of
 
 ClipFeatures = Literal["patches", "dense"]
@@ -70,6 +71,7 @@ def patch_boxes(grid: ScaleGrid, key: str, k: int) -> Float[Tensor, "P 4"]:
     return grid.jittered_boxes(torch.Generator().manual_seed(int(key[:12], 16) + k))
 
 
+@single_precision()
 def extract(
     paths: Sequence[Path],
     image_text_encoder: ImageTextEncoder,
@@ -81,7 +83,8 @@ def extract(
 ) -> CachedViews:
     """Make what the cache lacks of the pyramid and the tokens of `paths`, and say where all of it lies.
 
-    Several ranks divide the views, and return when all are made.
+    Several ranks divide the views, and return when all are made. One fingerprint is one set of numbers, so the encoders
+    compute in their own precision, whatever the caller's autocast is.
 
     Args:
         scales: patches along the shorter side of a picture, one number a scale (3D-OVS: 5, 7, 10).

@@ -140,7 +140,7 @@ class Teachers:
         rows, cols, first = self._grid[view].unbind(-1)
         row = (y[:, None] * rows).long().minimum(rows - 1)
         col = (x[:, None] * cols).long().minimum(cols - 1)
-        return self.cells[first + row * cols + col].to(self.device).float()
+        return self.cells[first + row * cols + col].to(self.device, non_blocking=True).float()
 
     def windows(
         self,
@@ -181,11 +181,11 @@ class Teachers:
                 self._patches_inside(view, torch.tensor([left / w, top / h]), torch.tensor([side / w, side / h]), rays)
             )
         return Windows(
-            torch.cat(indices).to(self.device),
-            torch.stack(tokens).to(self.device, torch.float32),
+            torch.cat(indices).to(self.device, non_blocking=True),
+            torch.stack(tokens).to(self.device, torch.float32, non_blocking=True),
             patches,
             rays,
-            torch.stack(seen).to(self.device) if self._seen is not None else None,
+            torch.stack(seen).to(self.device, non_blocking=True) if self._seen is not None else None,
         )
 
     def _seen_at(self, view: int, place: Float[Tensor, "n 2"]) -> Bool[Tensor, " n"]:
@@ -204,9 +204,9 @@ class Teachers:
         inside = ((boxes[:, :2] > -1e-4) & (boxes[:, 2:] < side + 1e-4)).all(-1).nonzero()[:, 0]
         left, top, right, bottom = boxes[inside].unbind(-1)
         return PatchGroup(
-            _coverage(top, bottom, side).to(self.device),
-            _coverage(left, right, side).to(self.device),
-            self._patches[span][inside].to(self.device).float(),
+            _coverage(top, bottom, side).to(self.device, non_blocking=True),
+            _coverage(left, right, side).to(self.device, non_blocking=True),
+            self._patches[span][inside].to(self.device, non_blocking=True).float(),
         )
 
 
