@@ -11,7 +11,8 @@ import torch
 from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci, _spherical_harmonics
 from torch import Tensor
 
-from ovs3d_nerfstudio.gaussians.rasterization import plan_views, rasterization
+from ovs3d_nerfstudio.gaussians.plan import plan_views
+from ovs3d_nerfstudio.gaussians.rasterization import rasterization
 
 WIDTH, HEIGHT = 53, 38  # several tiles, the last ones cut off
 NAMES = ("means", "quats", "scales", "opacities", "colors", "viewmats")
@@ -256,19 +257,33 @@ def test_absolute_gradients_are_sums_over_pixels(packed: bool):
     torch.testing.assert_close(meta["means2d"].grad.view(-1, 2), spread.grad.sum((1, 2))[rows])
 
 
-def test_a_window_of_a_picture_is_a_camera_with_another_principal_point():
-    tensors = scene(channels=20)
-    whole = rasterize(tensors)[0]
-    window = dict(tensors, Ks=tensors["Ks"].clone())
-    window["Ks"][:, :2, 2] -= torch.tensor(
-        [16.0, 16.0], dtype=torch.float64
-    )  # whole tiles: gsplat's squares move along
-    part, _, meta = rasterize(window, width=20, height=16, packed=True)
-    slow, _, _ = rasterize(window, rasterize_slowly, width=20, height=16)
-    torch.testing.assert_close(part, slow)
-    assert len(meta["gaussian_ids"]) < 0.8 * len(rasterize(tensors)[2]["gaussian_ids"])
-    middle = (part - whole[:, 16:32, 16:36]).abs().mean()
-    assert middle < 0.01  # slopes of Gaussians far outside are limited by the size of the picture
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_window_is_a_part_of_the_whole_picture_and_costs_less(packed: bool):
+    tensors = scene(60, channels=20, cameras=2)
+    colors = tensors.pop("colors").requires_grad_()
+    tensors["means"].requires_grad_()
+    left, top, across, down = 16, 16, 21, 15
+    plans = [
+        plan_views(**tensors, width=WIDTH, height=HEIGHT, packed=packed, window=window)
+        for window in (None, (left, top, across, down))
+    ]
+    (whole, whole_alphas), (part, part_alphas) = (plan.composite(colors) for plan in plans)
+    cut = (slice(None), slice(top, top + down), slice(left, left + across))
+    torch.testing.assert_close(part, whole[cut])
+    torch.testing.assert_close(part_alphas, whole_alphas[cut])
+    weights = torch.randn(part.shape, dtype=part.dtype, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((part * weights).sum(), [colors, tensors["means"]])
+    theirs = torch.autograd.grad((whole[cut] * weights).sum(), [colors, tensors["means"]])
+    for mine, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, expected)
+    assert len(plans[1].gaussians) < 0.8 * len(plans[0].gaussians)
+
+
+def test_a_camera_with_another_principal_point_sees_a_part_of_the_picture():
+    tensors = scene()
+    tensors["Ks"][:, :2, 2] -= torch.tensor([16.0, 16.0], dtype=torch.float64)
+    part, _, _ = rasterize(tensors, width=20, height=16)
+    torch.testing.assert_close(part, rasterize(tensors, rasterize_slowly, width=20, height=16)[0])
 
 
 def test_a_plan_composites_other_values_of_the_same_geometry():
@@ -421,3 +436,16 @@ def test_pictures_and_gradients_are_gsplat_s(channels: int, options: dict):
     for name in names:
         error = (mine[name] - gsplats[name].cpu()).abs().max() / mine[name].abs().max()
         assert error < 1e-3, (name, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="gsplat composites on CUDA only")
+def test_a_plan_on_cuda_is_gsplat_s_picture_and_its_window_a_part_of_it():
+    tensors = {name: tensor.float().cuda() for name, tensor in scene(300, 70, cameras=2).items()}
+    colors = tensors.pop("colors")
+    picture, alphas, _ = rasterization(**tensors, colors=colors, width=WIDTH, height=HEIGHT)
+    whole, whole_alphas = plan_views(**tensors, width=WIDTH, height=HEIGHT).composite(colors)
+    torch.testing.assert_close(whole, picture, rtol=0, atol=1e-3)
+    torch.testing.assert_close(whole_alphas, alphas, rtol=0, atol=1e-3)
+    part, _ = plan_views(**tensors, width=WIDTH, height=HEIGHT, window=(16, 16, 21, 15)).composite(colors)
+    torch.testing.assert_close(part, whole[:, 16:31, 16:37], rtol=0, atol=1e-3)

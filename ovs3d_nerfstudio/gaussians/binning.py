@@ -8,6 +8,7 @@ What is left out is therefore exactly what would not have been seen, and the pic
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Bins:
         """Cuts the tiles into at most so many ranges with about as many entries each."""
         wanted = np.linspace(0, self.tile_start[-1], parts + 1)[1:-1]
         cuts = np.unique(np.concatenate([[0], np.searchsorted(self.tile_start, wanted), [len(self.tile_start) - 1]]))
-        return [(int(a), int(b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [(int(a), int(b)) for a, b in itertools.pairwise(cuts)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def _fill_kernel(band_start, band_columns, camera_of, tile_columns, tile_rows, t
                 slot += 1
 
 
-def _may_be_seen_kernel(means, sizes, view, camera, width, height, near, far, eps2d, seen):
+def _may_be_seen_kernel(means, sizes, view, camera, width, height, window, near, far, eps2d, seen):
     """Fills seen [N]: False for Gaussians that cannot meet the picture, by a bound on their radius.
 
     The bound: the largest eigenvalue of a projected covariance is at most |J|² s² + eps2d, with s the largest
@@ -165,6 +166,7 @@ def _may_be_seen_kernel(means, sizes, view, camera, width, height, near, far, ep
     limit_x = max(cx, width - cx) / fx + 0.15 * width / fx
     limit_y = max(cy, height - cy) / fy + 0.15 * height / fy
     stretch = fx * fx * (1 + limit_x * limit_x) + fy * fy * (1 + limit_y * limit_y)
+    left, top, right, bottom = window[0], window[1], window[0] + window[2], window[1] + window[3]
     for n in range(means.shape[0]):
         px, py, pz = means[n, 0], means[n, 1], means[n, 2]
         z = view[2, 0] * px + view[2, 1] * py + view[2, 2] * pz + view[2, 3]
@@ -176,7 +178,7 @@ def _may_be_seen_kernel(means, sizes, view, camera, width, height, near, far, ep
         u = (fx * x + camera[0, 1] * y) / z + cx
         v = fy * y / z + cy
         radius = 3.003 * math.sqrt(stretch * sizes[n] * sizes[n] / (z * z) + eps2d + 0.1) + 2.0
-        seen[n] = u + radius > 0 and u - radius < width and v + radius > 0 and v - radius < height
+        seen[n] = u + radius > left and u - radius < right and v + radius > top and v - radius < bottom
 
 
 class _Kernels:
@@ -200,22 +202,24 @@ def may_be_seen(
     K: Float[Tensor, "3 3"],
     width: int,
     height: int,
+    window: tuple[int, int, int, int],
     near_plane: float,
     far_plane: float,
     eps2d: float,
 ) -> Int[Tensor, " m"]:
-    """Indices of all Gaussians that meet a pinhole picture, and of few others, on the device of `means`.
+    """Indices of all Gaussians that meet a window of a pinhole picture, and of few others, on the device of `means`.
 
     Projecting a Gaussian costs a hundred times more than this test, and most Gaussians miss a small window.
 
     Args:
         sizes: The largest standard deviation of each Gaussian.
+        window: Left, top, width and height of the window.
     """
     seen = np.empty(len(means), np.bool_)
     arrays = [_array(tensor) for tensor in (means, sizes)]
     matrices = [_array(matrix.double()) for matrix in (viewmat, K)]
     planes = (float(near_plane), float(far_plane), float(eps2d))
-    _kernels().may_be_seen(*arrays, *matrices, float(width), float(height), *planes, seen)
+    _kernels().may_be_seen(*arrays, *matrices, float(width), float(height), window, *planes, seen)
     return torch.from_numpy(np.flatnonzero(seen)).to(means.device)
 
 

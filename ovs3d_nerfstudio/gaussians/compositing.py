@@ -8,6 +8,7 @@ Gaussian that would take its transmittance T to 1e-4 or less. The loops are in `
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.compiled import run, spans
 from ovs3d_nerfstudio.gaussians.binning import Bins
-from ovs3d_nerfstudio.gaussians.kernels import GEOMETRY, LANES, kernels
 
 __all__ = ["composite"]
 
@@ -27,6 +27,13 @@ _MIN_PARALLEL_ENTRIES = 512
 _WIDE = 12
 # Ranges of tiles a thread gets, one after the other: tiles differ in cost.
 _RANGES_A_THREAD = 8
+
+
+@functools.cache
+def _loops() -> Any:
+    from ovs3d_nerfstudio.gaussians import kernels  # and numba, which takes half a second
+
+    return kernels.Kernels()
 
 
 def composite(
@@ -65,9 +72,9 @@ def _numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
 
 
 def _padded(array: np.ndarray) -> np.ndarray:
-    """The array with columns of zeros up to a multiple of LANES."""
+    """The array with columns of zeros up to a multiple of _loops().lanes."""
     columns = array.shape[1]
-    out = np.zeros((len(array), -(-columns // LANES) * LANES), array.dtype)
+    out = np.zeros((len(array), -(-columns // _loops().lanes) * _loops().lanes), array.dtype)
     out[:, :columns] = array
     return out
 
@@ -90,13 +97,13 @@ class _Composite(torch.autograd.Function):
         channels = values.shape[1]
         wide = channels >= _WIDE
         colors, behind = _numpy(values, dtype), _numpy(backgrounds, dtype)
-        if wide and channels % LANES:
+        if wide and channels % _loops().lanes:
             colors = _padded(colors)
         size = (bins.cameras, bins.height, bins.width)
         out = np.empty((*size, channels), bins.records.dtype)
         left, last = np.empty(size, out.dtype), np.empty(size, out.dtype)
         tiles = (bins.items, bins.tile_start, *bins.tiles)
-        run(kernels().forward, *_tile_calls(bins, (bins.records, *tiles, colors, behind, wide, out, left, last)))
+        run(_loops().forward, *_tile_calls(bins, (bins.records, *tiles, colors, behind, wide, out, left, last)))
         ctx.save_for_backward(means2d, conics, opacities)
         ctx.bins, ctx.absgrad, ctx.wide, ctx.channels = bins, absgrad, wide, channels
         ctx.arrays = (colors, behind, left, last)
@@ -114,22 +121,22 @@ class _Composite(torch.autograd.Function):
         working = torch.from_numpy(left).dtype
         incoming, incoming_alpha = _numpy(grad_out, working), _numpy(grad_alphas, working)[..., 0]
         geometry = any(ctx.needs_input_grad[:3])
-        padded = -(-ctx.channels // LANES) * LANES if ctx.wide else ctx.channels
-        columns = padded + (GEOMETRY if geometry else 0)
+        padded = -(-ctx.channels // _loops().lanes) * _loops().lanes if ctx.wide else ctx.channels
+        columns = padded + (_loops().columns_before_colors if geometry else 0)
         grads: list[Tensor | None] = [None] * 7
         if geometry or ctx.needs_input_grad[3]:
             partial = np.empty((len(bins.items), columns), left.dtype)
             tiles = (bins.items, bins.slots, bins.tile_start, *bins.tiles)
             if geometry:
                 arrays = (colors, behind, left, last, incoming, incoming_alpha, ctx.wide, partial)
-                run(kernels().gradient, *_tile_calls(bins, (bins.records, *tiles, *arrays)))
+                run(_loops().gradient, *_tile_calls(bins, (bins.records, *tiles, *arrays)))
             else:
                 arrays = (incoming, ctx.wide, partial)
-                run(kernels().color_gradient, *_tile_calls(bins, (bins.records, *tiles, *arrays)))
+                run(_loops().color_gradient, *_tile_calls(bins, (bins.records, *tiles, *arrays)))
             totals = np.empty((len(bins.records), columns), left.dtype)
             threads = torch.get_num_threads()
             head = (partial, bins.slot_start, totals)
-            run(kernels().sum, [(*head, *span) for span in spans(len(totals), threads)], threads)
+            run(_loops().sum, [(*head, *span) for span in spans(len(totals), threads)], threads)
             sums = torch.from_numpy(totals)
             if geometry:
                 rows = torch.from_numpy(bins.flat)
@@ -144,7 +151,7 @@ class _Composite(torch.autograd.Function):
                 grads[2] = scattered(sums[:, 5], opacities)
                 if ctx.absgrad:
                     means2d.absgrad = scattered(sums[:, 6:8], means2d)
-                sums = sums[:, GEOMETRY:]
+                sums = sums[:, _loops().columns_before_colors :]
             grads[3] = sums[:, : ctx.channels].to(device, dtype)
         if ctx.needs_input_grad[4]:
             transmittance = torch.from_numpy(left).to(grad_out)[..., None]

@@ -1,4 +1,4 @@
-"""The loops of compositing: plain Python here, compiled by `kernels()` on first use. `compositing` calls them.
+"""The loops of compositing: plain Python here, compiled by `Kernels`. Importing this module imports numba.
 
 A Gaussian is worked out in a band of rows of a tile, as one long loop over its pixels without branches, which the
 compiler turns into SIMD code; everything is in the precision of the tensors. Few channels lie one after the other in
@@ -11,20 +11,18 @@ depend on the number of threads.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
 
 from ovs3d_nerfstudio.compiled import compiled
 from ovs3d_nerfstudio.gaussians.binning import TILE
+from ovs3d_nerfstudio.gaussians.lanes import LANES, add_product, add_scaled, load, store, total
 
-__all__ = ["GEOMETRY", "LANES", "kernels"]
+__all__ = ["GEOMETRY", "Kernels"]
 
 GEOMETRY = 8
 """Columns of an entry's gradients before its colours: mean (2), conic (3), opacity, absolute mean (2)."""
-LANES = 16
-"""Wide channels are padded to a multiple of this."""
 
 # A tile's list is left when no pixel is alive; that is looked for once in so many Gaussians.
 _CHECK_EVERY = 8
@@ -37,7 +35,7 @@ _ROWS_AT_ONCE = 4
 
 
 def _exp(x):
-    """exp(x); `kernels()` gives float32 the function below, which becomes SIMD code, and float64 the exact one."""
+    """exp(x); `Kernels` gives float32 the function below, which becomes SIMD code, and float64 the exact one."""
     return math.exp(x)
 
 
@@ -106,66 +104,80 @@ def _any_alive(s):
     return alive > 0
 
 
-def _cover(record, first, pixels, dx0, dy0, groups):
-    """First and last + 1 group of 4 pixels that the ellipse meets in each row of a band: groups [2, TILE] int64."""
+def _cover(record, first, pixels, dx0, dy0, edges, quads):
+    """Lists the groups of 4 pixels of a band that the ellipse meets; returns their number. edges: scratch [2 * TILE]."""
     number = record.dtype.type
-    zero, most = number(0), number(TILE)
-    slope, shrink = record[3] / record[2], record[4] - record[3] * record[3] / record[2]
-    for row in range(pixels // TILE):
-        dy = dy0 - number(first // TILE + row)
-        middle = dx0 + slope * dy
-        inside = (record[7] - shrink * dy * dy) / record[2]
+    zero, most, quarter = number(0), number(TILE // 4 - 1), number(0.25)
+    over_a = number(1) / record[2]
+    slope = record[3] * over_a
+    shrink, reach = (record[4] - record[3] * slope) * over_a, record[7] * over_a
+    top = dy0 - number(first // TILE)
+    for row in range(TILE):
+        dy = top - number(row)
+        middle, inside = dx0 + slope * dy, reach - shrink * dy * dy
         half = np.sqrt(inside if inside > zero else zero)
-        left, right = middle - half, middle + half
+        left, right = np.floor((middle - half) * quarter), np.floor((middle + half) * quarter)
         left = left if left > zero else zero
-        left = left if left < most else most
-        right = right if right > -number(4) else -number(4)
-        right = right if right < most - number(1) else most - number(1)
-        groups[0, row] = np.int64(left) >> 2
-        groups[1, row] = (np.int64(right) + 4 >> 2) if right >= zero else 0
-
-
-def _add_colors(band, pixels, groups, color, sums):
-    """sums[pixel] += weight * color for the pixels of a band that a Gaussian covers."""
-    blocks = color.shape[0] // LANES
+        edges[row] = left if left < most else most
+        right = right if right < most else most
+        edges[TILE + row] = right if right > -quarter else -number(1)
+    count = 0
     for row in range(pixels // TILE):
-        for t in range(row * TILE + 4 * groups[0, row], row * TILE + 4 * groups[1, row]):
-            weight, total = band[_WEIGHT + t], sums[t]
-            if weight > 0:
-                for channel in range(blocks * LANES):
-                    total[channel] += weight * color[channel]
+        # All four places are written whether they are needed or not: a loop of unknown length costs more.
+        start = row * TILE + 4 * np.int64(edges[row])
+        for group in range(4):
+            quads[count + group] = start + 4 * group
+        count += max(np.int64(edges[TILE + row]) - np.int64(edges[row]) + 1, 0)
+    return count
 
 
-def _add_gradients(band, pixels, groups, grads, target):
-    """target += Σ weight * grads[pixel] over the pixels of a band that a Gaussian covers, four at a time."""
-    blocks = target.shape[0] // LANES
-    for row in range(pixels // TILE):
-        for group in range(groups[0, row], groups[1, row]):
-            t = row * TILE + 4 * group
-            w0, w1, w2, w3 = band[_WEIGHT + t], band[_WEIGHT + t + 1], band[_WEIGHT + t + 2], band[_WEIGHT + t + 3]
-            g0, g1, g2, g3 = grads[t], grads[t + 1], grads[t + 2], grads[t + 3]
-            for channel in range(blocks * LANES):
-                target[channel] += w0 * g0[channel] + w1 * g1[channel] + w2 * g2[channel] + w3 * g3[channel]
+def _add_colors(count, quads, band, color, sums, first):
+    """sums[pixel] += weight * color for the listed pixels; sums [pixels * channels], channels a multiple of LANES."""
+    channels = color.shape[0]
+    for k in range(count):
+        t = quads[k]
+        w0, w1, w2, w3 = band[_WEIGHT + t], band[_WEIGHT + t + 1], band[_WEIGHT + t + 2], band[_WEIGHT + t + 3]
+        for at in range(0, channels, LANES):
+            value, p0 = load(color, at), (first + t) * channels + at
+            p1, p2, p3 = p0 + channels, p0 + 2 * channels, p0 + 3 * channels
+            store(sums, p0, add_scaled(load(sums, p0), w0, value))
+            store(sums, p1, add_scaled(load(sums, p1), w1, value))
+            store(sums, p2, add_scaled(load(sums, p2), w2, value))
+            store(sums, p3, add_scaled(load(sums, p3), w3, value))
 
 
-def _add_gradients_and_dots(band, pixels, groups, color, grads, target):
-    """The same, and the products of the colour with the gradient of each of these pixels."""
-    zero = band.dtype.type(0)
-    blocks = color.shape[0] // LANES
-    for row in range(pixels // TILE):
-        for group in range(groups[0, row], groups[1, row]):
-            t = row * TILE + 4 * group
-            w0, w1, w2, w3 = band[_WEIGHT + t], band[_WEIGHT + t + 1], band[_WEIGHT + t + 2], band[_WEIGHT + t + 3]
-            g0, g1, g2, g3 = grads[t], grads[t + 1], grads[t + 2], grads[t + 3]
-            d0, d1, d2, d3 = zero, zero, zero, zero
-            for channel in range(blocks * LANES):
-                value = color[channel]
-                d0 += value * g0[channel]
-                d1 += value * g1[channel]
-                d2 += value * g2[channel]
-                d3 += value * g3[channel]
-                target[channel] += w0 * g0[channel] + w1 * g1[channel] + w2 * g2[channel] + w3 * g3[channel]
-            band[_DOT + t], band[_DOT + t + 1], band[_DOT + t + 2], band[_DOT + t + 3] = d0, d1, d2, d3
+def _add_gradients(count, quads, band, grads, first, target):
+    """target = Σ weight * grads[pixel] over the listed pixels."""
+    channels = target.shape[0]
+    for at in range(0, channels, LANES):
+        even = load(grads, len(grads) - LANES)  # zeros
+        odd = even
+        for k in range(count):
+            t = quads[k]
+            place = (first + t) * channels + at
+            even = add_scaled(even, band[_WEIGHT + t], load(grads, place))
+            odd = add_scaled(odd, band[_WEIGHT + t + 1], load(grads, place + channels))
+            even = add_scaled(even, band[_WEIGHT + t + 2], load(grads, place + 2 * channels))
+            odd = add_scaled(odd, band[_WEIGHT + t + 3], load(grads, place + 3 * channels))
+        store(target, at, add_scaled(even, band.dtype.type(1), odd))
+
+
+def _dots(count, quads, band, color, grads, first):
+    """Products of a colour with grads[pixel] for the listed pixels."""
+    channels = color.shape[0]
+    zeros = load(grads, len(grads) - LANES)
+    for k in range(count):
+        t = quads[k]
+        place = (first + t) * channels
+        d0, d1, d2, d3 = zeros, zeros, zeros, zeros
+        for at in range(0, channels, LANES):
+            value = load(color, at)
+            d0 = add_product(d0, value, load(grads, place + at))
+            d1 = add_product(d1, value, load(grads, place + at + channels))
+            d2 = add_product(d2, value, load(grads, place + at + 2 * channels))
+            d3 = add_product(d3, value, load(grads, place + at + 3 * channels))
+        band[_DOT + t], band[_DOT + t + 1] = total(d0), total(d1)
+        band[_DOT + t + 2], band[_DOT + t + 3] = total(d2), total(d3)
 
 
 def _forward_kernel(
@@ -178,14 +190,20 @@ def _forward_kernel(
     height, width, channels = out.shape[1], out.shape[2], out.shape[3]
     number = colors.dtype.type
     half = number(0.5)
-    s, groups = np.empty(_SCRATCH, colors.dtype), np.empty((2, TILE), np.int64)
-    sums = np.empty((_PIXELS, colors.shape[1]) if wide else (channels, _PIXELS), colors.dtype)
+    s, edges, quads = (
+        np.empty(_SCRATCH, colors.dtype),
+        np.empty(2 * TILE, colors.dtype),
+        np.empty(_PIXELS // 4 + 4, np.int64),
+    )
+    sums = np.empty((channels, 0 if wide else _PIXELS), colors.dtype)
+    wide_sums = np.empty(_PIXELS * colors.shape[1] if wide else 0, colors.dtype)
     for tile in range(start, stop):
         camera, place = divmod(tile, columns * tile_rows)
         top, edge = place // columns * TILE, place % columns * TILE
         rows, across = min(TILE, height - top), min(TILE, width - edge)
         _begin_tile(s, rows, across)
         sums[:] = 0
+        wide_sums[:] = 0
         for entry in range(tile_start[tile], tile_start[tile + 1]):
             position = entry - tile_start[tile]
             if position % _CHECK_EVERY == 0 and not _any_alive(s):
@@ -197,13 +215,13 @@ def _forward_kernel(
             band, pixels = s[first:], end - first
             _weigh(band, pixels, dx0, dy0, record[2], record[3], record[4], record[5], number(position))
             if wide:
-                _cover(record, first, pixels, dx0, dy0, groups)
-                _add_colors(band, pixels, groups, color, sums[first:])
+                count = _cover(record, first, pixels, dx0, dy0, edges, quads)
+                _add_colors(count, quads, band, color, wide_sums, first)
                 continue
             for channel in range(channels):
-                value, total = color[channel], sums[channel, first:]
+                value, sum_of = color[channel], sums[channel, first:]
                 for t in range(pixels):
-                    total[t] += value * band[_WEIGHT + t]
+                    sum_of[t] += value * band[_WEIGHT + t]
         for row in range(rows):
             for x in range(across):
                 transmittance = abs(s[_T + row * TILE + x])
@@ -211,20 +229,26 @@ def _forward_kernel(
                 last[camera, top + row, edge + x] = s[_LAST + row * TILE + x]
                 pixel = out[camera, top + row, edge + x]
                 for channel in range(channels):
-                    value = sums[row * TILE + x, channel] if wide else sums[channel, row * TILE + x]
+                    value = (
+                        wide_sums[(row * TILE + x) * colors.shape[1] + channel]
+                        if wide
+                        else sums[channel, row * TILE + x]
+                    )
                     pixel[channel] = value + transmittance * backgrounds[camera, channel]
 
 
-def _load_gradients(grad_out, camera, top, edge, rows, across, wide, grads):
-    """The incoming gradient of a tile as [channel, pixel], or [pixel, channel]; zero outside of the picture."""
+def _load_gradients(grad_out, camera, top, edge, rows, across, padded, grads, wide_grads):
+    """The incoming gradient of a tile, zero outside of the picture: grads [channel, pixel] or wide [pixel * channel]."""
     channels = grad_out.shape[3]
+    wide = len(wide_grads) > 0
     grads[:] = 0
+    wide_grads[:] = 0
     for row in range(rows):
         for x in range(across):
             pixel = grad_out[camera, top + row, edge + x]
             for channel in range(channels):
                 if wide:
-                    grads[row * TILE + x, channel] = pixel[channel]
+                    wide_grads[(row * TILE + x) * padded + channel] = pixel[channel]
                 else:
                     grads[channel, row * TILE + x] = pixel[channel]
 
@@ -234,14 +258,19 @@ def _color_gradient_kernel(records, items, slots, tile_start, columns, tile_rows
     height, width, channels = grad_out.shape[1], grad_out.shape[2], grad_out.shape[3]
     number = grad_out.dtype.type
     half = number(0.5)
-    s, groups = np.empty(_SCRATCH, grad_out.dtype), np.empty((2, TILE), np.int64)
+    s, edges, quads = (
+        np.empty(_SCRATCH, grad_out.dtype),
+        np.empty(2 * TILE, grad_out.dtype),
+        np.empty(_PIXELS // 4 + 4, np.int64),
+    )
     padded = -(-channels // LANES) * LANES
-    grads = np.empty((_PIXELS, padded) if wide else (channels, _PIXELS), grad_out.dtype)
+    grads = np.empty((channels, 0 if wide else _PIXELS), grad_out.dtype)
+    wide_grads = np.zeros(_PIXELS * padded + LANES if wide else 0, grad_out.dtype)
     for tile in range(start, stop):
         camera, place = divmod(tile, columns * tile_rows)
         top, edge = place // columns * TILE, place % columns * TILE
         rows, across = min(TILE, height - top), min(TILE, width - edge)
-        _load_gradients(grad_out, camera, top, edge, rows, across, wide, grads)
+        _load_gradients(grad_out, camera, top, edge, rows, across, padded, grads, wide_grads)
         _begin_tile(s, rows, across)
         alive = True
         for entry in range(tile_start[tile], tile_start[tile + 1]):
@@ -258,15 +287,14 @@ def _color_gradient_kernel(records, items, slots, tile_start, columns, tile_rows
             band, pixels = s[first:], end - first
             _weigh(band, pixels, dx0, dy0, record[2], record[3], record[4], record[5], number(position))
             if wide:
-                target[:] = 0
-                _cover(record, first, pixels, dx0, dy0, groups)
-                _add_gradients(band, pixels, groups, grads[first:], target)
+                count = _cover(record, first, pixels, dx0, dy0, edges, quads)
+                _add_gradients(count, quads, band, wide_grads, first, target)
                 continue
             for channel in range(channels):
-                incoming, total = grads[channel, first:], number(0)
+                incoming, summed = grads[channel, first:], number(0)
                 for t in range(pixels):
-                    total += incoming[t] * band[_WEIGHT + t]
-                target[channel] = total
+                    summed += incoming[t] * band[_WEIGHT + t]
+                target[channel] = summed
 
 
 def _gradient_kernel(
@@ -296,14 +324,19 @@ def _gradient_kernel(
     number = grad_out.dtype.type
     half, one, zero = number(0.5), number(1), number(0)
     limit, floor = number(0.999), number(1 / 255)
-    s, groups = np.empty(_SCRATCH, grad_out.dtype), np.empty((2, TILE), np.int64)
+    s, edges, quads = (
+        np.empty(_SCRATCH, grad_out.dtype),
+        np.empty(2 * TILE, grad_out.dtype),
+        np.empty(_PIXELS // 4 + 4, np.int64),
+    )
     padded = -(-channels // LANES) * LANES
-    grads = np.empty((_PIXELS, padded) if wide else (channels, _PIXELS), grad_out.dtype)
+    grads = np.empty((channels, 0 if wide else _PIXELS), grad_out.dtype)
+    wide_grads = np.zeros(_PIXELS * padded + LANES if wide else 0, grad_out.dtype)
     for tile in range(start, stop):
         camera, place = divmod(tile, columns * tile_rows)
         top, edge = place // columns * TILE, place % columns * TILE
         rows, across = min(TILE, height - top), min(TILE, width - edge)
-        _load_gradients(grad_out, camera, top, edge, rows, across, wide, grads)
+        _load_gradients(grad_out, camera, top, edge, rows, across, padded, grads, wide_grads)
         _begin_tile(s, rows, across)
         furthest = number(-1)
         for row in range(rows):
@@ -345,16 +378,16 @@ def _gradient_kernel(
                 band[_ALPHA + t] = alpha if full <= limit else zero
                 band[_DOT + t] = zero
             if wide:
-                target[:] = 0
-                _cover(record, first, pixels, dx0, dy0, groups)
-                _add_gradients_and_dots(band, pixels, groups, color, grads[first:], target[GEOMETRY:])
+                count = _cover(record, first, pixels, dx0, dy0, edges, quads)
+                _add_gradients(count, quads, band, wide_grads, first, target[GEOMETRY:])
+                _dots(count, quads, band, color, wide_grads, first)
             else:
                 for channel in range(channels):
-                    value, incoming, total = color[channel], grads[channel, first:], zero
+                    value, incoming, summed = color[channel], grads[channel, first:], zero
                     for t in range(pixels):
                         band[_DOT + t] += value * incoming[t]
-                        total += band[_WEIGHT + t] * incoming[t]
-                    target[GEOMETRY + channel] = total
+                        summed += band[_WEIGHT + t] * incoming[t]
+                    target[GEOMETRY + channel] = summed
             v_sum, vx, vy, vxx, vxy, vyy, abs_x, abs_y = zero, zero, zero, zero, zero, zero, zero, zero
             for t in range(pixels):
                 dx, dy = dx0 - band[_X + t], dy0 - band[_Y + t]
@@ -378,14 +411,17 @@ def _gradient_kernel(
 def _sum_kernel(partial, slot_start, totals, start, stop):
     """Sums each Gaussian's partial gradients [I, G] into totals [M, G], in the order of its tiles."""
     for m in range(start, stop):
-        total = totals[m]
-        total[:] = 0
+        row = totals[m]
+        row[:] = 0
         for slot in range(slot_start[m], slot_start[m + 1]):
-            for k in range(total.shape[0]):
-                total[k] += partial[slot, k]
+            for k in range(row.shape[0]):
+                row[k] += partial[slot, k]
 
 
-class _Kernels:
+class Kernels:
+    lanes = LANES
+    columns_before_colors = GEOMETRY
+
     def __init__(self) -> None:
         from numba import types
         from numba.extending import overload, register_jitable
@@ -398,15 +434,10 @@ class _Kernels:
                 return lambda x: _exp_float32(x)
             return lambda x: math.exp(x)
 
-        wide = (_cover, _add_colors, _add_gradients, _add_gradients_and_dots)
+        wide = (_cover, _add_colors, _add_gradients, _dots)
         for helper in (_band, _begin_tile, _weigh, _any_alive, _load_gradients, *wide):
             register_jitable(helper)
         self.forward = compiled(_forward_kernel)
         self.gradient = compiled(_gradient_kernel)
         self.color_gradient = compiled(_color_gradient_kernel)
         self.sum = compiled(_sum_kernel)
-
-
-@functools.cache
-def kernels() -> _Kernels:
-    return _Kernels()

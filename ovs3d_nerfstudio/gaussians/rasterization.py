@@ -1,148 +1,22 @@
 """gsplat's `rasterization`, on any device: gsplat's own on CUDA, compiled loops on the CPU elsewhere.
 
-gsplat composites on CUDA only. Here its plain torch functions project the Gaussians and evaluate the spherical
-harmonics, on whatever device the tensors are, and `binning` and `compositing` do the rest on the CPU.
+gsplat composites on CUDA only. See `plan` for what happens elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from ovs3d_nerfstudio.gaussians.binning import TILE, Bins, bin_gaussians, may_be_seen
-from ovs3d_nerfstudio.gaussians.compositing import composite
+from ovs3d_nerfstudio.gaussians.binning import TILE
+from ovs3d_nerfstudio.gaussians.plan import CameraModel, plan_views
 
-__all__ = ["Plan", "plan_views", "rasterization"]
+__all__ = ["RenderMode", "rasterization"]
 
 RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
-CameraModel = Literal["pinhole", "ortho", "fisheye"]
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Everything about views of Gaussians that does not depend on their colours, to composite any values with.
-
-    Make it once for Gaussians and cameras that stand still and composite what changes; a window of a picture is a
-    camera with another principal point. Gradients reach the geometry if the plan was made with gradients on; made
-    of detached tensors or under `torch.no_grad()`, only the values get gradients, several times cheaper.
-
-    Rows: C × N where `gaussian_ids` is None, else one for each pair of a camera and a Gaussian that it may see.
-    """
-
-    radii: Int[Tensor, "*rows"]
-    """Radius in pixels, 0 where a Gaussian is not seen."""
-    means2d: Float[Tensor, "*rows 2"]
-    """Pixels; the centre of the first one is (0.5, 0.5)."""
-    depths: Float[Tensor, "*rows"]
-    conics: Float[Tensor, "*rows 3"]
-    """Upper triangle of the inverse 2D covariances, 1/pixel²."""
-    opacities: Float[Tensor, "*rows"]
-    """With compensations where views are antialiased."""
-    camera_ids: Int[Tensor, " rows"] | None
-    gaussian_ids: Int[Tensor, " rows"] | None
-    bins: Bins
-    gaussians: Int[Tensor, " m"]
-    """The Gaussian of each visible one, camera by camera and front to back: only these need values."""
-    cameras: Int[Tensor, " m"]
-    """And its camera."""
-
-    def composite(
-        self,
-        values: Float[Tensor, "*c n x"],
-        backgrounds: Float[Tensor, "c x"] | None = None,
-        absgrad: bool = False,
-    ) -> tuple[Float[Tensor, "c h w x"], Float[Tensor, "c h w 1"]]:
-        """Pictures of values of all Gaussians, [N, X] or [C, N, X], with any number of channels, and alphas."""
-        visible = values[self.gaussians] if values.dim() == 2 else values[self.cameras, self.gaussians]
-        return self.composite_visible(visible, backgrounds, absgrad)
-
-    def composite_visible(
-        self, values: Float[Tensor, "m x"], backgrounds: Float[Tensor, "c x"] | None = None, absgrad: bool = False
-    ) -> tuple[Float[Tensor, "c h w x"], Float[Tensor, "c h w 1"]]:
-        """The same, of values of the visible Gaussians alone, in the order of `gaussians`."""
-        return composite(self.means2d, self.conics, self.opacities, values, backgrounds, self.bins, absgrad)
-
-    def visible(self, rows: Float[Tensor, "*rows x"]) -> Float[Tensor, "m x"]:
-        """What belongs to the visible Gaussians, of something that has the plan's rows."""
-        return rows.flatten(0, self.radii.dim() - 1)[torch.from_numpy(self.bins.flat).to(rows.device)]
-
-
-def plan_views(
-    means: Float[Tensor, "n 3"],
-    quats: Float[Tensor, "n 4"] | None,
-    scales: Float[Tensor, "n 3"] | None,
-    opacities: Float[Tensor, " n"],
-    viewmats: Float[Tensor, "c 4 4"],
-    Ks: Float[Tensor, "c 3 3"],
-    width: int,
-    height: int,
-    near_plane: float = 0.01,
-    far_plane: float = 1e10,
-    radius_clip: float = 0.0,
-    eps2d: float = 0.3,
-    packed: bool = True,
-    tile_size: int = TILE,
-    rasterize_mode: Literal["classic", "antialiased"] = "classic",
-    camera_model: CameraModel = "pinhole",
-    covars: Float[Tensor, "n 3 3"] | None = None,
-) -> Plan:
-    """Projects Gaussians into cameras and sorts them into tiles; arguments as of `rasterization`.
-
-    Raises:
-        ValueError: tile_size is not 16.
-    """
-    if tile_size != TILE:
-        raise ValueError(f"tile_size must be {TILE} where there is no CUDA, not {tile_size}.")
-    views = []
-    for camera in range(len(viewmats)):
-        view, K = viewmats[camera : camera + 1], Ks[camera : camera + 1]
-        if camera_model == "pinhole":
-            sizes = scales.detach().abs().amax(-1) if covars is None else _traces(covars).sqrt()
-            planes = (near_plane, far_plane, eps2d)
-            ids = may_be_seen(means.detach(), sizes, view[0].detach(), K[0].detach(), width, height, *planes)
-        else:
-            ids = torch.arange(len(means), device=means.device)
-        shapes = covars[ids] if covars is not None else _covariances(quats[ids], scales[ids])
-        antialiased = rasterize_mode == "antialiased"
-        size = (width, height, eps2d, near_plane, far_plane, antialiased, camera_model)
-        radii, means2d, depths, conics, compensations = _project(means[ids], shapes, view, K, *size)
-        radii = torch.where(radii > radius_clip, radii, 0)
-        opacity = opacities[ids] if compensations is None else opacities[ids] * compensations
-        views.append((ids, radii, means2d, depths, conics, opacity))
-    ids, *parts = zip(*views, strict=True)
-    camera_ids, gaussian_ids = None, None
-    if packed:
-        seen = [radii > 0 for radii in parts[0]]
-        parts = [torch.cat([part[keep] for part, keep in zip(column, seen, strict=True)]) for column in parts]
-        gaussian_ids = torch.cat([chosen[keep] for chosen, keep in zip(ids, seen, strict=True)])
-        counts = torch.stack([keep.sum() for keep in seen])
-        camera_ids = torch.repeat_interleave(torch.arange(len(viewmats), device=means.device), counts)
-    else:
-        parts = [
-            torch.stack([_spread(part, chosen, len(means)) for part, chosen in zip(column, ids, strict=True)])
-            for column in parts
-        ]
-    radii, means2d, depths, conics, opacity = parts
-    rows = radii.dim()
-    bins = bin_gaussians(
-        means2d.flatten(0, rows - 1),
-        conics.flatten(0, rows - 1),
-        opacity.flatten(),
-        radii.flatten(),
-        depths.flatten(),
-        camera_ids,
-        len(viewmats),
-        width,
-        height,
-    )
-    flat = torch.from_numpy(bins.flat).to(means.device)
-    gaussians = gaussian_ids[flat] if gaussian_ids is not None else flat % max(len(means), 1)
-    cameras = camera_ids[flat] if camera_ids is not None else flat // max(len(means), 1)
-    return Plan(radii, means2d, depths, conics, opacity, camera_ids, gaussian_ids, bins, gaussians, cameras)
 
 
 def rasterization(
@@ -185,7 +59,7 @@ def rasterization(
         opacities: In [0, 1].
         colors: [N, X] or [C, N, X], any number of channels; with sh_degree, coefficients [N, K, 3] or [C, N, K, 3].
         viewmats: World to camera (x right, y down, z forward).
-        Ks: Intrinsics in pixels. A window of a picture has its corner subtracted from cx and cy.
+        Ks: Intrinsics in pixels. For a window of a larger picture see `plan_views`.
         width: Pixels.
         height: Pixels.
         near_plane: Gaussians nearer than this are left out.
@@ -288,29 +162,7 @@ def _check_colors(colors: Tensor, sh_degree: int | None, cameras: int, gaussians
         raise ValueError(f"colors must be {wanted}, not {shape}.")
 
 
-def _traces(covars: Float[Tensor, "n 3 3"]) -> Float[Tensor, " n"]:
-    return covars.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def _covariances(quats: Float[Tensor, "m 4"], scales: Float[Tensor, "m 3"]) -> Float[Tensor, "m 3 3"]:
-    from gsplat.cuda._torch_impl import _quat_scale_to_covar_preci
-
-    return _quat_scale_to_covar_preci(quats, scales, True, False)[0]
-
-
-def _project(means: Tensor, shapes: Tensor, view: Tensor, K: Tensor, *options: Any) -> list[Tensor | None]:
-    """gsplat's projection into one camera: radii, means2d, depths, conics, compensations, each [M, ...]."""
-    from gsplat.cuda._torch_impl import _fully_fused_projection
-
-    return [out[0] if out is not None else None for out in _fully_fused_projection(means, shapes, view, K, *options)]
-
-
 def _harmonics(degree: int, directions: Tensor, coefficients: Tensor) -> Float[Tensor, "m 3"]:
     from gsplat.cuda._torch_impl import _spherical_harmonics
 
     return (_spherical_harmonics(degree, directions, coefficients) + 0.5).clamp_min(0.0)
-
-
-def _spread(part: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Puts rows to their places among so many rows of zeros."""
-    return part.new_zeros(count, *part.shape[1:]).index_copy(0, ids, part)
