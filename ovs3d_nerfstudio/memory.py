@@ -29,11 +29,11 @@ PHOTOS = "smaller photos (--downscale-factor of the dataparser)"
 CHUNK = "a smaller --pipeline.model.eval-num-rays-per-chunk"
 REMEDIES = {
     "extracting features": f"use {PHOTOS}, a smaller encoder, or fewer pixels for DINO (dino:MODEL@EDGE)",
-    "loading an encoder": "close what else uses the device, or use a smaller encoder, or the encoders 'offline'",
+    "loading the encoder": "close what else uses the device, or use a smaller encoder, such as 'offline'",
     "training": "lower --pipeline.datamanager.num-windows and --pipeline.datamanager.train-num-rays-per-batch, or use "
     f"{PHOTOS}",
     "rendering": f"render smaller pictures, or give {CHUNK}",
-    "the viewer": f"lower 'Max res' in the viewer's panel, or give {CHUNK}",
+    "showing a view": f"lower 'Max res' in the viewer's panel, or give {CHUNK}",
 }
 """What needed memory, and what its user can lower."""
 
@@ -58,7 +58,7 @@ def shortage(what: str, error: BaseException, where: str = "") -> MemoryShortage
     given = " ".join((str(error).strip().splitlines() or [""])[0].split())
     said = given if len(given) <= 120 else given[:119] + "…"
     reason = f" ({said.rstrip(' .')})" if said else ""
-    return MemoryShortage(f"Out of memory in {what}{where}{reason}; {REMEDIES[what]}.")
+    return MemoryShortage(f"Memory ran out while {what}{where}{reason}; {REMEDIES[what]}.")
 
 
 @contextmanager
@@ -83,6 +83,8 @@ def let_go() -> None:
     """Gives what torch keeps for later back to the device, so that a smaller batch finds it in one piece."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def in_batches(total: int, size: int, work: Callable[[int, int], None], least: int = 1) -> int:
