@@ -334,8 +334,8 @@ class LiveModel:
     def _rendered(self, camera: Cameras, box: OrientedBox | None, size: tuple[int, int]) -> dict[str, Tensor]:
         """The features of a view, in the greatest of `ZOOMS` that fits; a black pixel where none does."""
         for zoom in ZOOMS:
-            rays = int(size[0] * size[1] * zoom**2)
-            if rays >= self._too_many > 0 and time.monotonic() < self._until:
+            rays = int(size[0] * zoom) * int(size[1] * zoom)
+            if rays < 1 or (rays >= self._too_many > 0 and time.monotonic() < self._until):
                 continue
             smaller = camera
             if zoom < 1:

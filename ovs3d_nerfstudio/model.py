@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 from unittest import mock
 
-import psutil
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -24,12 +22,13 @@ from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 from torch import Tensor, nn
 
 from ovs3d_nerfstudio import losses
-from ovs3d_nerfstudio.answers import Answering, Answers, Question
+from ovs3d_nerfstudio.answers import Answering, Answers, Question, packed
 from ovs3d_nerfstudio.capture import NERFACTO_NEAR, THIN_DENSITY
 from ovs3d_nerfstudio.evaluation import Evaluator
 from ovs3d_nerfstudio.features.teachers import Windows
 from ovs3d_nerfstudio.field import LInfContraction, SemanticField
 from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids
+from ovs3d_nerfstudio.memory import filled_in_chunks, free_memory
 from ovs3d_nerfstudio.mixing import PatchMixture
 from ovs3d_nerfstudio.renderers import Semantics, composite, top_samples
 from ovs3d_nerfstudio.segmentation import ClassScores, Segmenter, stretched
@@ -206,7 +205,7 @@ class OVS3DModel(NerfactoModel):
 
     @torch.no_grad()
     def get_features_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict:
-        """As `get_outputs_for_camera`, with features in place of pictures (see `get_features`)."""
+        """As `get_outputs_for_camera`, with features in place of pictures (see `get_features`; directions are `packed`)."""
         with self._features_wanted():
             return self.get_outputs_for_camera(camera, obb_box)
 
@@ -226,15 +225,20 @@ class OVS3DModel(NerfactoModel):
 
     @torch.no_grad()
     def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict:
-        """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short."""
+        """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short; features are `packed`.
+
+        Raises MemoryShortage where the picture itself does not fit.
+        """
         chunk = min(self.config.eval_num_rays_per_chunk, rays_that_fit(self.config, free_memory(self.device)))
-        device, parts = camera_ray_bundle.directions.device, defaultdict(list)
-        for start in range(0, len(camera_ray_bundle), chunk):
-            rays = camera_ray_bundle.get_row_major_sliced_ray_bundle(start, start + chunk).to(self.device)
-            for name, output in self.forward(rays).items():
-                if isinstance(output, Tensor):
-                    parts[name].append(output.to(device))
-        return {name: torch.cat(outputs).view(*camera_ray_bundle.shape, -1) for name, outputs in parts.items()}
+
+        def render(start: int, stop: int) -> dict:
+            outputs = self.forward(camera_ray_bundle.get_row_major_sliced_ray_bundle(start, stop).to(self.device))
+            if "directions" in outputs:
+                outputs["directions"] = packed(outputs["directions"])
+            return outputs
+
+        outputs = filled_in_chunks(len(camera_ray_bundle), chunk, render, camera_ray_bundle.directions.device)
+        return {name: output.view(*camera_ray_bundle.shape, -1) for name, output in outputs.items()}
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict:
         call = self._call
@@ -371,13 +375,6 @@ class OVS3DModel(NerfactoModel):
                 labels = self.segmenter.labels_of(outputs["segmentation"])
                 self.evaluator.record(int(batch["image_idx"]), labels.cpu(), self.segmenter.prompts)
         return metrics, images
-
-
-def free_memory(device: torch.device | str) -> int:
-    """Bytes that can still be had on a device: of the GPU, else of the machine."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available
 
 
 def rays_that_fit(config: OVS3DModelConfig, free: int) -> int:

@@ -62,7 +62,7 @@ class Allocated(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.alive, self.now, self.peak, self.largest = {}, 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
@@ -73,7 +73,7 @@ class Allocated(TorchDispatchMode):
                 if key not in self.alive:
                     self.alive[key] = storage.nbytes()
                     self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
+                    self.peak, self.largest = max(self.peak, self.now), max(self.largest, storage.nbytes())
                     weakref.finalize(storage, self.drop, key)
         return made
 
