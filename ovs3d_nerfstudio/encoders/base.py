@@ -163,12 +163,17 @@ def cut_boxes(
         some = slice(first, first + count)
         for top in range(0, size, rows):
             part = slice(top * samples, (top + rows) * samples)
-            grid = torch.stack(torch.broadcast_tensors(x[some], y[some, part]), -1)
-            looked_up = F.grid_sample(
-                pixels.expand(len(grid), -1, -1, -1), grid, mode="bilinear", padding_mode="border", align_corners=False
-            )
-            crops[some, :, top : top + rows] = F.avg_pool2d(looked_up, samples) if samples > 1 else looked_up
+            crops[some, :, top : top + rows] = _looked_up(pixels, x[some], y[some, part], samples)
     return crops
+
+
+def _looked_up(pixels: Tensor, x: Float[Tensor, "B 1 w"], y: Float[Tensor, "B h 1"], samples: int) -> Tensor:
+    """Means of samples² points each, at columns x and rows y in [−1, 1]."""
+    grid = torch.stack(torch.broadcast_tensors(x, y), -1)
+    points = F.grid_sample(
+        pixels.expand(len(grid), -1, -1, -1), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return F.avg_pool2d(points, samples) if samples > 1 else points
 
 
 def pool_boxes(feature_map: Float[Tensor, "C h w"], boxes: Float[Tensor, "B 4"]) -> Float[Tensor, "B C"]:
