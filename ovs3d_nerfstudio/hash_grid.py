@@ -275,6 +275,9 @@ def _untraced() -> Iterator[None]:
     that must not be one of an import or of a compiler's, which would leave half of it behind.
     """
     trace = sys.gettrace()
+    if trace is None:
+        yield
+        return
     sys.settrace(None)
     try:
         yield

@@ -190,6 +190,38 @@ def test_extraction_goes_on_with_smaller_batches_and_says_so_once(photo, tmp_pat
     assert said.count("2 crops are embedded at once from here on, not 16") == 1 and encoder.batch_size == 2
 
 
+class Greedy(ColorEncoder):
+    """Takes 64 MiB for each crop."""
+
+    batch_size = cpu_batch_size = 16
+
+    def embed_crops(self, crops):
+        taken = torch.ones(len(crops), 1 << 24)
+        return super().embed_crops(crops) * taken[:, :1]
+
+
+def limit_memory(megabytes: int) -> None:
+    """This process gets no more than so much beside what it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (megabytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def extract_in(megabytes: int, photo: Path, cache: Path) -> None:
+    encoder = Greedy("", "cpu")
+    limit_memory(megabytes)
+    embedded, _ = run([photo], cache, encoder)
+    print(f"{len(embedded)} crops, {encoder.batch_size} at once")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_extraction_lives_with_the_memory_that_a_process_may_have(photo, tmp_path):
+    child = children.start(tmp_path / "log", extract_in, 400, photo, tmp_path / "cache")
+    assert child.end() == 0, child.text
+    whole = len(run([photo], tmp_path / "whole", ColorEncoder("", "cpu"))[0])
+    assert whole > 16 and any(f"{whole} crops, {fits} at once" in child.text for fits in (1, 2, 4)), child.text
+
+
 class NoRoom(PixelTokens):
     fingerprint = "no room"
 
@@ -219,9 +251,7 @@ def load_in(megabytes: int, name: str, folder: Path) -> None:
         encoder = OpenClipEncoder(f"wide-ovs3d@{folder / 'clip.pt'}", "cpu")
     else:
         encoder = DinoEncoder(str(folder / "dino"), "cpu")
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (megabytes << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit_memory(megabytes)
     try:
         encoder.embed_text(["a cat"]) if name == "open_clip" else encoder.embed_picture(torch.zeros(64, 64, 3).byte())
     except MemoryShortage as error:
