@@ -1,6 +1,6 @@
 """Out of memory: how it is known on every device, how to go on with less at once, and what a user can lower.
 
-Knows torch alone. Whoever works in batches calls `in_batches`; what cannot go on stands inside `told_what_to_lower`.
+Whoever works in batches calls `in_batches`; what cannot go on stands inside `told_what_to_lower`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+
+from ovs3d_nerfstudio.errors import UserError
 
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA, MPS, and the CUDA runtime's own errors
@@ -38,8 +40,8 @@ REMEDIES = {
 """What needed memory, and what its user can lower."""
 
 
-class MemoryShortage(RuntimeError):
-    """Memory ran out and no smaller batch helps; the message is a sentence for the user."""
+class MemoryShortage(UserError):
+    """Memory ran out, and no smaller batch helps."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,13 +1,16 @@
 """`ns-train --machine.num-devices 2` on a CPU: real processes, gradients averaged over gloo."""
 
 import copy
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -19,10 +22,11 @@ from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.utils.eval_utils import eval_setup
+from PIL import Image
 
-from ovs3d_nerfstudio import ranks
+from ovs3d_nerfstudio.engine import ranks
+from ovs3d_nerfstudio.engine.trainer import check_machine
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.trainer import check_machine
 
 pytestmark = pytest.mark.slow
 RAYS, STEPS = 256, 45
@@ -67,9 +71,24 @@ def train_as(rank: int, count: int, folder: Path, scene: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(scene, tmp_path_factory) -> dict[int, list[dict]]:
+def masked(scene, tmp_path_factory) -> Path:
+    """The scene, with a mask of each photo that ignores another strip of it."""
+    folder = Path(shutil.copytree(scene, tmp_path_factory.mktemp("masked") / "scene"))
+    (folder / "masks").mkdir()
+    meta = json.loads((folder / "transforms.json").read_text())
+    for n, frame in enumerate(meta["frames"]):
+        frame["mask_path"] = f"masks/{n}.png"
+        mask = np.full((meta["h"], meta["w"]), 255, np.uint8)
+        mask[:, 4 * n : 4 * n + 20] = 0
+        Image.fromarray(mask).save(folder / frame["mask_path"])
+    (folder / "transforms.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(masked, tmp_path_factory) -> dict[int, list[dict]]:
     """What one process and what two processes made of the same training."""
-    made = {}
+    made, scene = {}, masked
     for count in (1, 2):
         folder = tmp_path_factory.mktemp(f"processes-{count}")
         if count == 1:
@@ -110,6 +129,39 @@ def test_the_same_rays_in_all_give_the_same_losses_within_noise(results):
             alone, together = (sum(history[step][name] for step in steps) / len(steps) for history in (one, two))
             assert together == pytest.approx(alone, rel=0.2), (name, steps)
         assert sum(losses[name] for losses in two[-15:]) < 0.9 * 15 * two[begun][name], name
+
+
+def watch_as(rank: int, folder: Path, dies: bool) -> None:
+    """Two ranks as on two machines; rank 0 is where nothing but its own end stops it, as in an exchange of NCCL."""
+    ranks.join(ranks.meeting_in(folder), rank, 2, "gloo")
+
+    def told(other: int) -> None:
+        (folder / f"rank {rank} was told").write_text(str(other))
+        os._exit(3)
+
+    ranks.watch(told)
+    ranks.wait_for_all()
+    if dies and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if dies:
+        time.sleep(600)
+    ranks.leave()
+
+
+def test_a_rank_that_died_is_noticed_at_once_whatever_the_others_wait_for(tmp_path):
+    context = mp.get_context("spawn")
+    ranks_ = [context.Process(target=watch_as, args=(rank, tmp_path, True)) for rank in (0, 1)]
+    for process in ranks_:
+        process.start()
+    for process in ranks_:
+        process.join(200)
+    assert [process.exitcode for process in ranks_] == [3, -signal.SIGKILL]
+    assert (tmp_path / "rank 0 was told").read_text() == "1"
+
+
+def test_ranks_that_end_well_tell_nobody_of_a_death(tmp_path):
+    mp.spawn(watch_as, args=(tmp_path, False), nprocs=2)
+    assert not list(tmp_path.glob("*told"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from nerfstudio.viewer_legacy.server.viewer_utils import IOChangeException, SetT
 from test_hash_grid import assert_same, pair, points, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ovs3d_nerfstudio import hash_grid, hash_grid_torch
+from ovs3d_nerfstudio.fields import hash_grid, hash_grid_torch
 
 CPU = torch.device("cpu")
 

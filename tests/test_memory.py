@@ -20,11 +20,9 @@ from test_hash_grid_torch import Allocated
 from test_viewer import live, plain_question, seen  # noqa: F401 (fixtures)
 from torch import Tensor
 
-from ovs3d_nerfstudio.answers import Answers, packed, unpacked
 from ovs3d_nerfstudio.encoders import base
 from ovs3d_nerfstudio.encoders.base import cut_boxes
 from ovs3d_nerfstudio.features.extraction import extract
-from ovs3d_nerfstudio.live import LiveModel, LivePrompts
 from ovs3d_nerfstudio.memory import (
     LEAST_RAYS,
     MemoryShortage,
@@ -33,6 +31,8 @@ from ovs3d_nerfstudio.memory import (
     is_out_of_memory,
     told_what_to_lower,
 )
+from ovs3d_nerfstudio.prompts.answers import Answers, packed, unpacked
+from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
 MORE_THAN_ANY_MACHINE_HAS = 1 << 58
 
@@ -298,7 +298,7 @@ def test_dino_holds_nothing_of_tokens_times_tokens(tmp_path):
 def test_labels_are_read_off_colours_a_part_at_a_time(monkeypatch):
     segmenter = plain_question(100).segmenter
     labels = torch.randint(0, 100, (300, 400), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("ovs3d_nerfstudio.segmentation.RAYS_AT_ONCE", 1000)
+    monkeypatch.setattr("ovs3d_nerfstudio.prompts.segmentation.RAYS_AT_ONCE", 1000)
     with Allocated() as allocated:
         found = segmenter.labels_of(segmenter.colors[labels])
     assert torch.equal(found, labels)

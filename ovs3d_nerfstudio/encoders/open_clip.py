@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import MultiheadAttention
 from torch.nn.functional import interpolate, linear, normalize
 
-from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, check_lengths, file_digest, reason
+from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, check_lengths, file_digest
+from ovs3d_nerfstudio.errors import reason
 from ovs3d_nerfstudio.memory import in_batches, is_out_of_memory, told_what_to_lower
 
 DENSE_EDGE = 1.5

@@ -26,13 +26,14 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder, pool_boxes
+from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache, picture_key
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
+from ovs3d_nerfstudio.files import leads_out_of
 from ovs3d_nerfstudio.memory import told_what_to_lower
 from ovs3d_nerfstudio.pictures import PictureError, picture_size, read_picture
-from ovs3d_nerfstudio.prompts import leads_out_of
+from ovs3d_nerfstudio.precision import single_precision
 
 ClipFeatures = Literal["patches", "dense"]
 """What a patch's embedding is: that of its crop (3D-OVS), or the mean of the picture's dense features inside it."""
@@ -71,6 +72,7 @@ def patch_boxes(grid: ScaleGrid, key: str, k: int) -> Float[Tensor, "P 4"]:
     return grid.jittered_boxes(torch.Generator().manual_seed(int(key[:12], 16) + k))
 
 
+@single_precision()
 def extract(
     paths: Sequence[Path],
     image_text_encoder: ImageTextEncoder,
@@ -82,7 +84,8 @@ def extract(
 ) -> CachedViews:
     """Make what the cache lacks of the pyramid and the tokens of `paths`, and say where all of it lies.
 
-    Several ranks divide the views, and return when all are made.
+    Several ranks divide the views, and return when all are made. One fingerprint is one set of numbers, so the encoders
+    compute in their own precision, whatever the caller's autocast is.
 
     Args:
         scales: patches along the shorter side of a picture, one number a scale (3D-OVS: 5, 7, 10).

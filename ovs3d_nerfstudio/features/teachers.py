@@ -51,6 +51,8 @@ class Windows:
     """Whether each ray's pixel counts; the others are ignored by the view's mask. None: all count."""
     colors: Float[Tensor, "W TT 3"] | None = None
     """The photo's colour at each ray, in [0, 1]; set by whoever has the photos."""
+    pixels: Int[Tensor, "n 3"] | None = None
+    """`indices` on the CPU, where photos lie."""
 
 
 class Teachers:
@@ -140,7 +142,7 @@ class Teachers:
         rows, cols, first = self._grid[view].unbind(-1)
         row = (y[:, None] * rows).long().minimum(rows - 1)
         col = (x[:, None] * cols).long().minimum(cols - 1)
-        return self.cells[first + row * cols + col].to(self.device).float()
+        return self.cells[first + row * cols + col].to(self.device, non_blocking=True).float()
 
     def windows(
         self,
@@ -180,12 +182,14 @@ class Teachers:
             patches.append(
                 self._patches_inside(view, torch.tensor([left / w, top / h]), torch.tensor([side / w, side / h]), rays)
             )
+        pixels = torch.cat(indices)
         return Windows(
-            torch.cat(indices).to(self.device),
-            torch.stack(tokens).to(self.device, torch.float32),
+            pixels.to(self.device, non_blocking=True),
+            torch.stack(tokens).to(self.device, torch.float32, non_blocking=True),
             patches,
             rays,
-            torch.stack(seen).to(self.device) if self._seen is not None else None,
+            torch.stack(seen).to(self.device, non_blocking=True) if self._seen is not None else None,
+            pixels=pixels,
         )
 
     def _seen_at(self, view: int, place: Float[Tensor, "n 2"]) -> Bool[Tensor, " n"]:
@@ -204,9 +208,9 @@ class Teachers:
         inside = ((boxes[:, :2] > -1e-4) & (boxes[:, 2:] < side + 1e-4)).all(-1).nonzero()[:, 0]
         left, top, right, bottom = boxes[inside].unbind(-1)
         return PatchGroup(
-            _coverage(top, bottom, side).to(self.device),
-            _coverage(left, right, side).to(self.device),
-            self._patches[span][inside].to(self.device).float(),
+            _coverage(top, bottom, side).to(self.device, non_blocking=True),
+            _coverage(left, right, side).to(self.device, non_blocking=True),
+            self._patches[span][inside].to(self.device, non_blocking=True).float(),
         )
 
 
