@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nerfstudio.viewer.viewer_elements import ViewerClick
 from PIL import Image
 from rich.console import Console
 from test_features import ColorEncoder, PixelTokens
 from test_hash_grid_torch import Allocated
-from test_viewer import live, plain_question, seen  # noqa: F401 (fixtures)
+from test_viewer import live, plain_question, seen, viewer  # noqa: F401 (fixtures)
 from torch import Tensor
 
 from ovs3d_nerfstudio.encoders import base
@@ -336,6 +337,11 @@ class Tight:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return self._model.get_features_for_camera(camera, obb_box)
 
+    def get_features(self, rays):
+        if len(rays) > self.pixels:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self._model.get_features(rays)
+
 
 def tight(seen, pixels: int) -> tuple[LiveModel, Tight, list]:  # noqa: F811
     model, looked = Tight(seen[0].model, pixels), []
@@ -378,3 +384,25 @@ def test_a_picture_that_does_not_fit_leaves_the_colours(seen, live, monkeypatch)
     assert torch.equal(outputs["segmentation"], outputs["rgb"]) and outputs.shares() == []
     monkeypatch.undo()
     assert not torch.equal(outputs["segmentation"], outputs["rgb"])
+
+
+def test_the_panel_says_that_memory_is_short_and_the_log_once(seen, viewer, capsys):  # noqa: F811
+    panel = viewer.pipeline.prompt_panel
+    said = lambda control: bytes(control.content, "ascii").decode("unicode_escape")  # noqa: E731
+    panel._view._model = Tight(seen[0].model, int(seen[1].height * seen[1].width) // 3)
+    for _ in range(2):
+        viewer.get_model().get_outputs_for_camera(seen[1])
+        panel._show()
+    assert "Memory is short: the view is rendered with" in said(panel._status) and "Max res" in said(panel._status)
+    assert " ".join(capsys.readouterr().out.split()).count("Memory is short") == 1
+
+
+def test_a_click_and_a_prompt_that_find_no_memory_are_answered_with_a_sentence(seen, viewer):  # noqa: F811
+    panel = viewer.pipeline.prompt_panel
+    said = lambda control: bytes(control.content, "ascii").decode("unicode_escape")  # noqa: E731
+    panel._view._model = Tight(seen[0].model, 0)
+    panel._clicked(ViewerClick((0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.5, 0.5)))
+    assert "Memory ran out while showing a view" in said(panel._point)
+    before = panel.live.asked
+    panel._change(lambda: str(too_much("torch")))
+    assert "Memory ran out while loading the encoder" in said(panel._status) and panel.live.asked == before
