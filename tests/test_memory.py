@@ -337,10 +337,10 @@ class Tight:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return self._model.get_features_for_camera(camera, obb_box)
 
-    def get_features(self, rays):
-        if len(rays) > self.pixels:
+    def features_along(self, origins, directions):
+        if len(origins) > self.pixels:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self._model.get_features(rays)
+        return self._model.features_along(origins, directions)
 
 
 def tight(seen, pixels: int) -> tuple[LiveModel, Tight, list]:  # noqa: F811

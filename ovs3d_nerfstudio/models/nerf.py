@@ -85,8 +85,19 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         config = self.config
         capture = self.kwargs["metadata"].get("capture")  # none where no datamanager of ours made the model
         density, near = capture.start() if capture is not None else (THIN_DENSITY, NERFACTO_NEAR)
+        chosen = None in (config.average_init_density, config.near_plane)
         config.average_init_density = density if config.average_init_density is None else config.average_init_density
         config.near_plane = near if config.near_plane is None else config.near_plane
+        if chosen and capture is not None:
+            kind = "all around the scene" if capture.around else "from the front"
+            self.remarks = [
+                f"Captured {kind} (the cameras turn through {capture.turn:.0f}°): geometry starts with density "
+                f"{config.average_init_density:.2g} from the near plane {config.near_plane:.2g} on. Choose otherwise with "
+                "--pipeline.model.average-init-density and --pipeline.model.near-plane."
+            ]
+
+    def photo_of(self, image: Float[Tensor, "H W c"]) -> Float[Tensor, "H W 3"]:
+        return self.renderer_rgb.blend_background(image)
 
     def step_state(self) -> Any:
         return self.proposal_sampler._step, self.proposal_sampler._steps_since_update
@@ -114,10 +125,15 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         metrics = self.get_metrics_dict(outputs, batch)
         return outputs, self.get_loss_dict(outputs, batch, metrics), metrics
 
-    def get_features(self, ray_bundle: RayBundle) -> dict:
-        """As `forward` in evaluation, with features in place of pictures (see `shown`)."""
+    def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
+        rays = RayBundle(
+            origins=origins,
+            directions=directions,
+            pixel_area=torch.full_like(origins[:, :1], 1e-6),
+            camera_indices=torch.zeros_like(origins[:, :1], dtype=torch.long),
+        )
         with self.features_wanted():
-            return self(ray_bundle)
+            return self(rays)
 
     @torch.no_grad()
     def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict:

@@ -17,13 +17,12 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
 from torch import Tensor
 
 from ovs3d_nerfstudio.memory import REMEDIES, MemoryShortage, free_memory, is_out_of_memory, let_go, told_what_to_lower
-from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question
 from ovs3d_nerfstudio.prompts.embedding import Embedder
 from ovs3d_nerfstudio.prompts.prompts import PromptError, parse_prompts, prompt_key
@@ -47,7 +46,7 @@ class LivePrompts:
     A `Question` is replaced as a whole, so whoever reads `question` sees one moment, and nobody waits for an edit.
     """
 
-    def __init__(self, model: OVS3DModel):
+    def __init__(self, model: SemanticModel):
         self.model = model
         self.prompts: list[str] | None = None
         """The prompts asked for; None for the trained ones, whatever they are by then."""
@@ -315,6 +314,11 @@ class LiveModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """The model's: nerfstudio's viewer asks whether it is one of Gaussians."""
+        return type(self._model)
+
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> LiveOutputs:
         """The outputs of a view; rendered only if the view or the weights are not those of a moment ago.
 
@@ -371,18 +375,20 @@ class LiveModel:
 
         Raises MemoryShortage where not even that fits.
         """
-        model, question, ray = self._model, self._live.question, _ray(origin, direction)
+        model, question = self._model, self._live.question
+        start = torch.tensor([list(origin)], dtype=torch.float32)
+        along = torch.nn.functional.normalize(torch.tensor([list(direction)], dtype=torch.float32), dim=-1)
         with self._lock, told_what_to_lower("showing a view"):
             training = model.training
             try:
                 model.eval()
-                outputs = model.get_features(ray.to(model.device))
+                outputs = model.features_along(start.to(model.device), along.to(model.device))
             finally:
                 model.train(training)
         if question is None or "directions" not in outputs:
             return None
         directions = outputs["directions"]
-        position = ray.origins[0] + outputs["depth"][0].cpu() * ray.directions[0]
+        position = start[0] + outputs["depth"][0].cpu() * along[0]
         x, y, z = position.tolist()
         return Point(
             question.segmenter.prompts,
@@ -390,16 +396,6 @@ class LiveModel:
             int(question.labels(directions)[0]),
             (x, y, z),
         )
-
-
-def _ray(origin: Sequence[float], direction: Sequence[float]) -> RayBundle:
-    directions = torch.nn.functional.normalize(torch.tensor([list(direction)], dtype=torch.float32), dim=-1)
-    return RayBundle(
-        origins=torch.tensor([list(origin)], dtype=torch.float32),
-        directions=directions,
-        pixel_area=torch.full((1, 1), 1e-6),
-        camera_indices=torch.zeros(1, 1, dtype=torch.long),
-    )
 
 
 def _view_key(camera: Cameras, box: OrientedBox | None) -> Hashable:

@@ -15,7 +15,7 @@ from viser import GuiEvent
 
 from ovs3d_nerfstudio.encoders.base import EncoderError
 from ovs3d_nerfstudio.memory import MemoryShortage, told_what_to_lower
-from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.prompts.prompts import PromptError, clean_prompt, parse_prompts
 from ovs3d_nerfstudio.viewer.live import NEGATIVES, LiveModel, LiveOutputs, LivePrompts, Point, still_there
 
@@ -46,7 +46,7 @@ _ENTER = """<span ref={(node) => {
 class PromptPanel(ViewerControl):
     """Live prompts in nerfstudio's viewer: an attribute of the pipeline that does nothing until a viewer opens."""
 
-    def __init__(self, model: OVS3DModel):
+    def __init__(self, model: SemanticModel):
         self._model = model
 
     def _setup(self, viewer: Viewer) -> None:
