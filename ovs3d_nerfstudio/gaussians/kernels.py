@@ -7,6 +7,8 @@ the channels of a pixel ("wide").
 
 Each (tile, Gaussian) writes its gradient to a place of its own, and these are summed in a fixed order: results do not
 depend on the number of threads.
+
+All in one file, because numba's cache on disk only notices changes of the file that a kernel is in.
 """
 
 from __future__ import annotations
@@ -124,10 +126,10 @@ def _cover(record, first, pixels, dx0, dy0, edges, quads):
     count = 0
     for row in range(pixels // TILE):
         # All four places are written whether they are needed or not: a loop of unknown length costs more.
-        start = row * TILE + 4 * np.int64(edges[row])
+        start = row * TILE + 4 * int(edges[row])
         for group in range(4):
             quads[count + group] = start + 4 * group
-        count += max(np.int64(edges[TILE + row]) - np.int64(edges[row]) + 1, 0)
+        count += max(int(edges[TILE + row]) - int(edges[row]) + 1, 0)
     return count
 
 
