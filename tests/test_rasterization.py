@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 import threading
 
 import gsplat
@@ -303,6 +305,21 @@ def test_a_plan_composites_other_values_of_the_same_geometry():
 
 
 @pytest.mark.parametrize("packed", [True, False])
+def test_gathering_is_the_transpose_of_compositing(packed: bool):
+    tensors = scene(cameras=2)
+    tensors["means"].requires_grad_()
+    plan = plan_views(**{n: t for n, t in tensors.items() if n != "colors"}, width=WIDTH, height=HEIGHT, packed=packed)
+    generator = torch.Generator().manual_seed(4)
+    values = torch.rand(len(plan.gaussians), 5, dtype=torch.float64, generator=generator)
+    pictures = torch.randn(2, HEIGHT, WIDTH, 5, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        composited, alphas = plan.composite_visible(values)
+        gathered, seen = plan.gather(pictures), plan.gather(torch.ones_like(alphas))
+    torch.testing.assert_close((composited * pictures).sum(), (values * gathered).sum())
+    torch.testing.assert_close(seen.sum(), alphas.sum())
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_nothing_to_see_is_the_background(packed: bool):
     tensors = scene(5)
     tensors["means"][:, 2] = -10
@@ -377,6 +394,11 @@ def test_two_threads_may_render_at_once():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_importing_the_rasterizer_does_not_import_numba():
+    check = "import sys, ovs3d_nerfstudio.gaussians.rasterization; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=300)
 
 
 def test_the_signature_is_gsplat_s():

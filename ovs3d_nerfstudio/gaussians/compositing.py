@@ -48,8 +48,7 @@ def composite(
     """Pictures of values, and alphas, with gradients for every tensor.
 
     What was binned is what is composited: `means2d`, `conics` and `opacities` must be the tensors that `bins` were
-    made of, and are only there for their gradients. Where none of them needs one, the backward pass is several
-    times cheaper.
+    made of, and are only there for their gradients. Where none of them needs one, the backward pass costs half.
 
     Args:
         values: Any number of channels for each of the M visible Gaussians, in the order of `bins`.
