@@ -24,7 +24,7 @@ __all__ = ["composite"]
 # Below this many (tile, Gaussian) entries one thread finishes before a second one has woken up.
 _MIN_PARALLEL_ENTRIES = 512
 # From this many channels on, visiting only the pixels that a Gaussian covers is faster (see `kernels`).
-_WIDE = 12
+_WIDE = 40
 # Ranges of tiles a thread gets, one after the other: tiles differ in cost.
 _RANGES_A_THREAD = 8
 
