@@ -129,10 +129,10 @@ def rasterization(
     values = []
     if "RGB" in render_mode:
         per_camera = colors.dim() == (3 if sh_degree is None else 4)
-        visible = colors[plan.cameras, plan.gaussians] if per_camera else colors[plan.gaussians]
+        visible = colors[plan.cameras, plan.gaussians] if per_camera else colors.index_select(0, plan.gaussians)
         if sh_degree is not None:
             centres = torch.inverse(viewmats)[:, :3, 3]
-            visible = harmonics(sh_degree, means[plan.gaussians] - centres[plan.cameras], visible)
+            visible = harmonics(sh_degree, means.index_select(0, plan.gaussians) - centres[plan.cameras], visible)
         values.append(visible)
     elif backgrounds is not None:
         backgrounds = backgrounds[:, :0]
