@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,6 +73,8 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
 
     config: OVS3DDataManagerConfig
     teachers: Teachers | None = None
+    _kept: dict | None = None
+    _places: Mapping[int, int] = MappingProxyType({})
 
     def __init__(self, config: OVS3DDataManagerConfig, *args: Any, test_mode: str = "val", **kwargs: Any):
         """Data that cannot be used ends the command with a sentence, here because ns-render builds no pipeline for it."""
@@ -160,15 +164,24 @@ class OVS3DDataManager(VanillaDataManager[OVS3DDataset]):
         if config.num_windows == 0:
             return None
         kept = self.train_image_dataloader.cached_collated_batch if colors else None
-        places = {view: place for place, view in enumerate(kept["image_idx"].tolist())} if kept is not None else {}
+        places = self._places_of(kept)
         windows = self.teachers.windows(
             config.num_windows, config.window_size, self._sizes, None, config.rays_a_token, sorted(places) or None
         )
         if colors:
             colored = []
-            for rays in windows.indices.cpu().split(windows.side**2):
+            assert windows.pixels is not None, "they are drawn on the CPU"
+            for rays in windows.pixels.split(windows.side**2):
                 view = int(rays[0, 0])
                 photo = kept["image"][places[view]] if kept else self.train_dataset.get_image_float32(view)
                 colored.append(photo[rays[:, 1], rays[:, 2], :3])
             windows.colors = torch.stack(colored).to(self.device, non_blocking=True)
         return self.train_ray_generator(windows.indices), windows
+
+    def _places_of(self, kept: dict | None) -> Mapping[int, int]:
+        """Which of the photos in memory is which view's; looked up anew only when nerfstudio has changed them, as a GPU would
+        have to be waited for."""
+        if kept is not self._kept:
+            self._kept = kept
+            self._places = {} if kept is None else {v: place for place, v in enumerate(kept["image_idx"].tolist())}
+        return self._places

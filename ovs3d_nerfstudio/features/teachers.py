@@ -51,6 +51,8 @@ class Windows:
     """Whether each ray's pixel counts; the others are ignored by the view's mask. None: all count."""
     colors: Float[Tensor, "W TT 3"] | None = None
     """The photo's colour at each ray, in [0, 1]; set by whoever has the photos."""
+    pixels: Int[Tensor, "n 3"] | None = None
+    """`indices` on the CPU, where photos lie."""
 
 
 class Teachers:
@@ -180,12 +182,14 @@ class Teachers:
             patches.append(
                 self._patches_inside(view, torch.tensor([left / w, top / h]), torch.tensor([side / w, side / h]), rays)
             )
+        pixels = torch.cat(indices)
         return Windows(
-            torch.cat(indices).to(self.device, non_blocking=True),
+            pixels.to(self.device, non_blocking=True),
             torch.stack(tokens).to(self.device, torch.float32, non_blocking=True),
             patches,
             rays,
             torch.stack(seen).to(self.device, non_blocking=True) if self._seen is not None else None,
+            pixels=pixels,
         )
 
     def _seen_at(self, view: int, place: Float[Tensor, "n 2"]) -> Bool[Tensor, " n"]:
