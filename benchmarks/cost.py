@@ -48,9 +48,9 @@ from ovs3d_nerfstudio.encoders.base import TokenEncoder, image_text_encoder  # n
 from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder  # noqa: E402
 from ovs3d_nerfstudio.features.extraction import extract  # noqa: E402
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid  # noqa: E402
-from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids  # noqa: E402
+from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids  # noqa: E402
 from ovs3d_nerfstudio.pictures import list_pictures, read_picture  # noqa: E402
-from ovs3d_nerfstudio.prompts import find_classes_file, read_classes_file  # noqa: E402
+from ovs3d_nerfstudio.prompts.prompts import find_classes_file, read_classes_file  # noqa: E402
 
 PROMPTS = 10
 FILLERS = ("cup", "plate", "chair", "window", "book", "lamp", "plant", "bottle", "towel", "keyboard")

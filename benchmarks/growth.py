@@ -34,11 +34,12 @@ from PIL import Image
 from rich.console import Console
 from training_steps import Run
 
-from ovs3d_nerfstudio import datamanager, ranks
 from ovs3d_nerfstudio import pipeline as pipeline_module
 from ovs3d_nerfstudio.configs import ovs3d_lite
+from ovs3d_nerfstudio.data import rays as datamanager
 from ovs3d_nerfstudio.demo.scene import make_scene
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.features.extraction import extract
 
 BASE = {"views": 10, "height": 1080, "prompts": 10, "scales": 3, "D": 512}

@@ -30,11 +30,11 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "encoders"))
 
 from quality_rows import ROWS, SPLITS, Job, Outcome, QualityError, check_row, check_scene, measure  # noqa: E402
 
-from ovs3d_nerfstudio.annotations import AnnotationError  # noqa: E402
+from ovs3d_nerfstudio.data.annotations import AnnotationError  # noqa: E402
 from ovs3d_nerfstudio.encoders.base import EncoderError  # noqa: E402
-from ovs3d_nerfstudio.evaluation import SegmentedView, stills  # noqa: E402
+from ovs3d_nerfstudio.evaluation.splits import SegmentedView, stills  # noqa: E402
 from ovs3d_nerfstudio.features.cache import written_beside  # noqa: E402
-from ovs3d_nerfstudio.palette import palette  # noqa: E402
+from ovs3d_nerfstudio.prompts.palette import palette  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- quality benchmark: begin -->", "<!-- quality benchmark: end -->"

@@ -29,15 +29,16 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from torch import Tensor
 
-from ovs3d_nerfstudio.annotations import Annotations
+from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
-from ovs3d_nerfstudio.evaluation import Evaluator, SegmentedView, evaluate_split
+from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
+from ovs3d_nerfstudio.evaluation.metrics import match_classes, relabel
+from ovs3d_nerfstudio.evaluation.splits import SegmentedView, evaluate_split
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import extract, read_picture
-from ovs3d_nerfstudio.metrics import match_classes, relabel
-from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
+from ovs3d_nerfstudio.models.nerf import OVS3DModel, OVS3DModelConfig
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
-from ovs3d_nerfstudio.prompts import find_classes_file, read_classes_file, read_prompts_file
+from ovs3d_nerfstudio.prompts.prompts import find_classes_file, read_classes_file, read_prompts_file
 
 SPLITS = ("test", "train")
 """Held-out protocol, and the paper's: annotated views that are trained on, their labels never."""
@@ -58,7 +59,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "relevancy": {"model.class_scores": "relevancy"},
     "cosine": {"model.class_scores": "cosine"},
     "dense": {"datamanager.clip_features": "dense"},
-    "ovs3d": {},  # filled from the method of that name by `row_config`, as is `paper`
+    "ovs3d-paper": {},  # filled from the method of that name by `row_config`, as is `paper`
     "paper": {
         "model.fda_temperature": 0.2,
         "model.fda_temperature_unit": "absolute",
@@ -79,7 +80,7 @@ ROWS = (
     *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch", "no-color"),
     *("scale-5", "scale-7", "scale-10"),
     *("uniform-scales", "undetached", "relevancy", "views-10", "views-20"),
-    *("ovs3d", "paper", *REFERENCES),
+    *("ovs3d-paper", "paper", *REFERENCES),
 )
 """All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N; A+B is both."""
 DEPTH_SHRINK = 1 / 3
@@ -158,7 +159,7 @@ def measure(job: Job, row: str, held: dict[str, OVS3DPipeline]) -> Outcome:
         return Outcome(_average(pipeline), NO_COSTS)
     changes = {path: value for part in row.split("+") for path, value in CHANGES.get(part, {}).items()}
     pipeline, costs = train(job, row, changes)
-    manager, evaluator, splits = pipeline.datamanager, pipeline.model.evaluator, {}
+    manager, evaluator, splits = pipeline.datamanager, pipeline.evaluator, {}
     for split, dataset in zip(SPLITS, (manager.eval_dataset, manager.train_dataset), strict=True):
         if any(path.stem in evaluator.annotations.views for path in dataset.image_filenames):
             splits[split] = evaluate_split(pipeline, split)
@@ -186,8 +187,8 @@ def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
             data = restrict_views(data, int(part[6:]), job.output_dir / "scenes" / f"{job.name}-{part}")
         if part.startswith("scale-"):
             pipeline.datamanager.scales = (float(part[6:]),)
-        if part in ("ovs3d", "paper"):
-            _take_losses(pipeline.model, all_methods["ovs3d"].pipeline.model)
+        if part in ("ovs3d-paper", "paper"):
+            _take_losses(pipeline.model, all_methods["ovs3d-paper"].pipeline.model)
         if part.startswith("fda-x"):
             pipeline.model.fda_positive_mult *= float(part[5:])
             pipeline.model.fda_negative_mult *= float(part[5:])

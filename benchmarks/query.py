@@ -23,9 +23,10 @@ import tyro
 from nerfstudio.utils import colormaps
 from viser._scene_api import _encode_image_binary
 
-from ovs3d_nerfstudio.cli.common import open_run, write_json
+from ovs3d_nerfstudio.cli.common import open_run
 from ovs3d_nerfstudio.errors import user_errors
-from ovs3d_nerfstudio.live import LiveModel, LivePrompts
+from ovs3d_nerfstudio.files import write_json
+from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
 ADJECTIVES = [
     "red",

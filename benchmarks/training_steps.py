@@ -16,8 +16,8 @@ from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.field_components.encodings import HashEncoding
 from torch import Tensor, nn
 
-from ovs3d_nerfstudio import losses
-from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids
+from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
+from ovs3d_nerfstudio.losses import color, paper, patches
 
 
 class Run:
@@ -114,22 +114,22 @@ def profile(run: Run, blocks: int) -> str:
     model, datamanager, shares = run.model, run.pipeline.datamanager, Shares()
     parts = [
         (datamanager, "next_train", "data: rays and pixels"),
-        (datamanager, "next_teachers", "data: cells of the rays"),
+        (datamanager, "teachers_of", "data: cells of the rays"),
         (datamanager, "next_windows", "data: windows and their rays"),
         (model.proposal_sampler, "forward", "proposal sampling"),
         (model.field, "forward", "field: colour"),
         (model.field, "get_density", "field: density"),
         (model.semantic_field, "forward", "semantic field"),
         (model, "_heaviest_of_windows", "windows: weights"),
-        (model, "render_semantics", "compositing semantics"),
+        (model, "composited", "compositing semantics"),
         (model, "get_outputs", "compositing the rest"),
         (model, "get_metrics_dict", "nerfacto's losses and metrics"),
         (model, "get_loss_dict", "nerfacto's losses and metrics"),
         (model, "semantic_losses", "semantic losses: feature, the rest"),
-        (losses, "rda_loss", "semantic losses: RDA"),
-        (losses, "fda_loss", "semantic losses: FDA"),
-        (losses, "color_loss", "semantic losses: colour"),
-        (losses, "patch_distances", "semantic losses: patches, unmixing"),
+        (paper, "rda_loss", "semantic losses: RDA"),
+        (paper, "fda_loss", "semantic losses: FDA"),
+        (color, "color_loss", "semantic losses: colour"),
+        (patches, "patch_distances", "semantic losses: patches, unmixing"),
         (FastHashEncoding, "forward", "hash grids, forward"),
         (Tensor, "backward", "backward"),
         (run.optimizers, "optimizer_scaler_step_all", "Adam"),

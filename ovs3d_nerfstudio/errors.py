@@ -1,4 +1,4 @@
-"""What a user can mend: one sentence and exit status 1, never a traceback. Imports nothing that takes seconds."""
+"""What a user can mend: one sentence and exit status 1, never a traceback. Imports nothing of ours, and nothing that takes seconds."""
 
 from __future__ import annotations
 
@@ -10,20 +10,13 @@ from typing import NoReturn
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
-from ovs3d_nerfstudio.annotations import AnnotationError
-from ovs3d_nerfstudio.anomaly import AnomalyError
-from ovs3d_nerfstudio.checkpoints import CheckpointError
-from ovs3d_nerfstudio.demo.scene import DemoError
-from ovs3d_nerfstudio.encoders.base import EncoderError
-from ovs3d_nerfstudio.features.cache import CacheError
-from ovs3d_nerfstudio.option_checks import OptionError
-from ovs3d_nerfstudio.pictures import PictureError
-from ovs3d_nerfstudio.prompts import PromptError
-from ovs3d_nerfstudio.scene_checks import SceneError
+
+class UserError(Exception):
+    """What a user can mend; the message is a sentence for them. Each module raises a class of its own that derives from it."""
 
 
-class CommandError(ValueError):
-    """A subcommand cannot do what it was asked to; the message is a sentence for the user."""
+class CommandError(UserError):
+    """A command cannot do what it was asked to."""
 
 
 @contextmanager
@@ -31,19 +24,7 @@ def user_errors() -> Iterator[None]:
     """What a user can mend ends the command with its sentence and status 1, not with a traceback."""
     try:
         yield
-    except (
-        CommandError,
-        OptionError,
-        SceneError,
-        PromptError,
-        AnnotationError,
-        AnomalyError,
-        EncoderError,
-        PictureError,
-        CacheError,
-        CheckpointError,
-        DemoError,
-    ) as error:
+    except UserError as error:
         _end(str(error))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a write that fails names no file
@@ -54,6 +35,13 @@ def user_errors() -> Iterator[None]:
             f"{error.filename} cannot be read or written ({error.strerror or error}); check the path and its permissions, or "
             "make room."
         )
+
+
+def reason(error: Exception, lines: int = 1) -> str:
+    """The first line or lines of another package's message, cut to stand inside a sentence of ours."""
+    given = str(error).strip().splitlines()[:lines] or [type(error).__name__]
+    line = " ".join(part.strip() for part in given).rstrip(" .:")
+    return line if len(line) <= 200 else line[:200] + "…"
 
 
 def _end(sentence: str) -> NoReturn:

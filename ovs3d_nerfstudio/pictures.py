@@ -11,11 +11,13 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ovs3d_nerfstudio.errors import UserError
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 
 
-class PictureError(ValueError):
-    """A picture cannot be used; the message is a sentence for the user."""
+class PictureError(UserError):
+    """A picture cannot be used."""
 
 
 @dataclass(frozen=True)

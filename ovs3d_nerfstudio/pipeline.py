@@ -17,21 +17,21 @@ from rich.markup import escape
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ovs3d_nerfstudio import ranks
-from ovs3d_nerfstudio.anomaly import LossGuard
-from ovs3d_nerfstudio.checkpoints import CheckpointError, check_implementation
-from ovs3d_nerfstudio.datamanager import OVS3DDataManager, OVS3DDataManagerConfig
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, reason, token_encoder
-from ovs3d_nerfstudio.errors import CommandError, user_errors
-from ovs3d_nerfstudio.evaluation import Evaluator
+from ovs3d_nerfstudio.data.rays import OVS3DDataManager, OVS3DDataManagerConfig
+from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.engine import ranks
+from ovs3d_nerfstudio.engine.anomaly import LossGuard
+from ovs3d_nerfstudio.engine.checkpoints import CheckpointError, check_implementation
+from ovs3d_nerfstudio.engine.option_checks import OptionError, check_config, check_device, check_fields, check_scales
+from ovs3d_nerfstudio.errors import CommandError, reason, user_errors
+from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
 from ovs3d_nerfstudio.features.basis import Basis, fit_basis
-from ovs3d_nerfstudio.model import OVS3DModel, OVS3DModelConfig
-from ovs3d_nerfstudio.option_checks import check_device, check_options
-from ovs3d_nerfstudio.palette import save_legend
+from ovs3d_nerfstudio.models.nerf import OVS3DModel, OVS3DModelConfig
 from ovs3d_nerfstudio.precision import single_precision
-from ovs3d_nerfstudio.prompts import choose_prompts
-from ovs3d_nerfstudio.segmentation import told_scores
-from ovs3d_nerfstudio.viewer import PromptPanel
+from ovs3d_nerfstudio.prompts.palette import save_legend
+from ovs3d_nerfstudio.prompts.prompts import choose_prompts
+from ovs3d_nerfstudio.prompts.segmentation import told_scores
+from ovs3d_nerfstudio.viewer.panel import PromptPanel
 
 # nerfstudio 1.1.5 indexes its cameras in a way that torch ≥ 2.9 warns of, several lines at every step.
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
@@ -98,7 +98,7 @@ class OVS3DPipeline(VanillaPipeline):
                 CONSOLE.print(escape(origin))
                 if None in start:
                     CONSOLE.print(self._how_captured())
-            evaluator = self.model.evaluator = self._evaluator()
+            evaluator = self.evaluator = self.model.evaluator = self._evaluator()
             if test_mode == "val" and evaluator is not None:
                 cameras = self.datamanager.eval_dataset.cameras
                 evaluator.check(torch.cat([cameras.height, cameras.width], -1).tolist())
@@ -225,26 +225,16 @@ class OVS3DPipeline(VanillaPipeline):
             device = torch.device(self.device)
             with user_errors(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 self.prepare_features()
+        model = self.config.model
+        semantics = step >= model.semantics_start
+        class_losses = bool(self.chosen_prompts and model.refines and step >= model.fda_start)
         with single_precision():
-            ray_bundle, batch = self.datamanager.next_train(step)
-        semantics = step >= self.config.model.semantics_start
-        window_rays = None
-        if semantics:
-            model = self.config.model
-            batch["teachers"], batch["ranges"] = self.datamanager.next_teachers(batch)
-            refining = (
-                model.unmixing_loss_mult,
-                model.color_loss_mult,
-                model.fda_positive_mult,
-                model.fda_negative_mult,
+            pixels, windows, batch = self.datamanager.next_step(
+                step, semantics, bool(model.patch_loss_mult) or class_losses, bool(model.color_loss_mult)
             )
-            batch["class_losses"] = bool(self.chosen_prompts and any(refining) and step >= model.fda_start)
-            if model.patch_loss_mult or batch["class_losses"]:
-                drawn = self.datamanager.next_windows(colors=bool(model.color_loss_mult))
-                if drawn is not None:
-                    window_rays, batch["windows"] = drawn
+        batch["class_losses"] = class_losses
         # Everything that is learned goes through one call: DDP sees only parameters that are used inside it.
-        outputs, loss_dict, metrics_dict = self._model(ray_bundle, semantics, window_rays, batch)
+        outputs, loss_dict, metrics_dict = self._model(pixels, semantics, windows, batch)
         with user_errors():
             self.loss_guard.check(step, loss_dict)
         return outputs, loss_dict, metrics_dict
@@ -270,9 +260,25 @@ class OVS3DPipeline(VanillaPipeline):
 
     def _segmentation_metrics(self) -> dict[str, float]:
         """What the model's evaluator has gathered since the last call."""
-        evaluator = self.model.evaluator
+        evaluator = self.evaluator
         if evaluator is None:
             return {}
         metrics = evaluator.flat_summary()
         evaluator.records.clear()
         return metrics
+
+
+def check_options(config: OVS3DPipelineConfig) -> None:
+    """Raises OptionError for the first option of `config` that cannot work."""
+    model, datamanager = config.model, config.datamanager
+    if getattr(model, "prompt", None):
+        raise OptionError("--prompt belongs to other methods; give what to segment with --pipeline.prompts.")
+    check_fields("--pipeline.", config, {})
+    check_config("--pipeline.datamanager.", datamanager)
+    check_config("--pipeline.model.", model)
+    check_scales("--pipeline.datamanager.scales", datamanager.scales)
+    if model.semantic_max_res < model.semantic_base_res:
+        raise OptionError(
+            f"--pipeline.model.semantic-max-res {model.semantic_max_res} is less than "
+            f"--pipeline.model.semantic-base-res {model.semantic_base_res}; give at least that."
+        )

@@ -178,8 +178,8 @@ def train(
     """
     from nerfstudio.scripts.train import main
 
+    from ovs3d_nerfstudio.engine.saving import SavingTrainer
     from ovs3d_nerfstudio.pipeline import OVS3DPipeline
-    from ovs3d_nerfstudio.saving import SavingTrainer
 
     config = configured(scene, out, steps, **settings)
     config.steps_per_save, config.load_dir = save, load_dir

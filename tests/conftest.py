@@ -14,7 +14,7 @@ from children import TINY_CLIP as CLIP
 from tally import Tally
 
 from ovs3d_nerfstudio.demo.scene import make_scene
-from ovs3d_nerfstudio.threads import let_sleep
+from ovs3d_nerfstudio.engine.threads import let_sleep
 
 let_sleep()  # of the commands that tests start, also where pytest is not started by `make`
 

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
 
-from ovs3d_nerfstudio.annotations import AnnotationError, Annotations
 from ovs3d_nerfstudio.cli.eval import parse_mapping
 from ovs3d_nerfstudio.cli.points import Frame
-from ovs3d_nerfstudio.dataparser import read_poses_bounds
+from ovs3d_nerfstudio.data.annotations import AnnotationError, Annotations
+from ovs3d_nerfstudio.data.dataparser import read_poses_bounds
+from ovs3d_nerfstudio.data.scene_checks import SceneError, check_cameras, readable_scene
+from ovs3d_nerfstudio.engine.option_checks import OptionError
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.cache import FeatureCache
-from ovs3d_nerfstudio.option_checks import DATAMANAGER, MODEL, OptionError, check_options
 from ovs3d_nerfstudio.pictures import PictureError, picture_header, read_picture
-from ovs3d_nerfstudio.prompts import PromptError, read_classes_file
-from ovs3d_nerfstudio.scene_checks import SceneError, check_cameras, readable_scene
+from ovs3d_nerfstudio.pipeline import check_options
+from ovs3d_nerfstudio.prompts.prompts import PromptError, read_classes_file
 
 quick = settings(max_examples=60, deadline=None)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -181,10 +182,11 @@ def config(tmp_path_factory):
 def test_options_of_any_value(config, data):
     changed = copy.copy(config)
     changed.datamanager, changed.model = copy.copy(config.datamanager), copy.copy(config.model)
-    part, ranges = data.draw(st.sampled_from([(changed.datamanager, DATAMANAGER), (changed.model, MODEL)]))
-    name = data.draw(st.sampled_from([*ranges, *type(part).__annotations__]))
+    part = data.draw(st.sampled_from([changed.datamanager, changed.model]))
+    ranges, own = part.RANGES, [kind for kind in type(part).__mro__ if kind.__module__.startswith("ovs3d_nerfstudio")]
+    name = data.draw(st.sampled_from([*ranges, *(name for kind in own for name in kind.__annotations__)]))
     value = data.draw(anything | st.tuples(st.floats()))
-    if name == "_target":
+    if name in ("_target", "RANGES"):
         return
     setattr(part, name, value)
     try:

@@ -14,8 +14,8 @@ from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.scene_box import SceneBox
 from PIL import Image
 
-from ovs3d_nerfstudio.annotations import Annotations
-from ovs3d_nerfstudio.dataset import OVS3DDataset
+from ovs3d_nerfstudio.data.annotations import Annotations
+from ovs3d_nerfstudio.data.dataset import OVS3DDataset
 from ovs3d_nerfstudio.pictures import picture_header, read_picture
 
 Y, X = np.mgrid[:HEIGHT, :WIDTH]

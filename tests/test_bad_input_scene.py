@@ -11,7 +11,7 @@ import pytest
 from bad_input import HEIGHT, VIEWS, WIDTH, opened, refused, small_config
 from PIL import Image
 
-from ovs3d_nerfstudio.dataparser import OVS3DDataParserConfig
+from ovs3d_nerfstudio.data.dataparser import OVS3DDataParserConfig
 
 NAN = float("nan")
 

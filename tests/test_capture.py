@@ -7,7 +7,7 @@ import pytest
 import torch
 from nerfstudio.configs.method_configs import all_methods
 
-from ovs3d_nerfstudio.capture import capture_of, nearest_to_axes, turn_of
+from ovs3d_nerfstudio.data.capture import capture_of, nearest_to_axes, turn_of
 from ovs3d_nerfstudio.demo.raycast import Camera
 from ovs3d_nerfstudio.demo.scene import train_cameras
 

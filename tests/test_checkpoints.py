@@ -12,7 +12,7 @@ import torch
 from children import checkpoint_folder, run_folder
 from nerfstudio.utils.eval_utils import eval_load_checkpoint
 
-from ovs3d_nerfstudio.checkpoints import (
+from ovs3d_nerfstudio.engine.checkpoints import (
     TINY_CUDA_NN,
     CheckpointError,
     check_implementation,

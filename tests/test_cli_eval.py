@@ -9,11 +9,11 @@ from conftest import command
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from ovs3d_nerfstudio.annotations import Annotations
 from ovs3d_nerfstudio.cli.eval import ComparedView, class_index, panel, parse_mapping
 from ovs3d_nerfstudio.cli.labels import read_labels, write_labels
+from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.palette import palette
+from ovs3d_nerfstudio.prompts.palette import palette
 
 
 def test_a_mapping_is_read_part_by_part():

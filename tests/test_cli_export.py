@@ -19,7 +19,7 @@ from ovs3d_nerfstudio.cli.points import Frame, LabelledPoints, connected, object
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, train_cameras
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.model import _lpips_optional
+from ovs3d_nerfstudio.models.lpips import lpips_optional
 
 
 def demo_cloud() -> tuple[LabelledPoints, list[str]]:
@@ -192,7 +192,7 @@ def splat(trained, scene, tmp_path_factory) -> tuple[Path, Path]:
     config.pipeline.model.num_random = 2000
     config.save_config()
     # Its LPIPS would be downloaded, as nerfacto's would.
-    with _lpips_optional():
+    with lpips_optional():
         pipeline = config.pipeline.setup(device="cpu", test_mode="val")
         parsed = pipeline.datamanager.train_dataparser_outputs
         parsed.save_dataparser_transform(config.get_base_dir() / "dataparser_transforms.json")

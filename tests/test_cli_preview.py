@@ -10,7 +10,7 @@ from PIL import Image
 
 from ovs3d_nerfstudio.cli.preview import hints, win_shares
 from ovs3d_nerfstudio.cli.sheet import CELL_HEIGHT, PreviewedView, contact_sheet, relevancy
-from ovs3d_nerfstudio.palette import palette
+from ovs3d_nerfstudio.prompts.palette import palette
 
 
 def test_hints_name_what_never_wins_and_what_is_the_same():

@@ -9,10 +9,10 @@ import pytest
 from conftest import command
 from PIL import Image
 
-from ovs3d_nerfstudio.annotations import Annotations
 from ovs3d_nerfstudio.cli.labels import LabelFolder, read_labels
+from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.palette import colorize, palette
+from ovs3d_nerfstudio.prompts.palette import colorize, palette
 
 ASIDE = Path("a side.v1")
 

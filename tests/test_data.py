@@ -15,11 +15,11 @@ from nerfstudio.data.utils import colmap_parsing_utils as colmap
 from PIL import Image
 from test_training import pipeline, train
 
-from ovs3d_nerfstudio.annotations import mask_stem
 from ovs3d_nerfstudio.cli.export import frame_of
 from ovs3d_nerfstudio.demo.raycast import Camera, _first_hits, cast, render
 from ovs3d_nerfstudio.demo.scene import demo_solids, train_cameras
-from ovs3d_nerfstudio.evaluation import rendered_views
+from ovs3d_nerfstudio.evaluation.splits import rendered_views
+from ovs3d_nerfstudio.files import mask_stem
 
 SOLIDS = demo_solids()
 NAMES = sorted({solid.name for solid in SOLIDS})

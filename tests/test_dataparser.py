@@ -13,7 +13,7 @@ from nerfstudio.configs.dataparser_configs import all_dataparsers
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
 
-from ovs3d_nerfstudio.dataparser import OVS3DDataParserConfig, read_poses_bounds
+from ovs3d_nerfstudio.data.dataparser import OVS3DDataParserConfig, read_poses_bounds
 
 
 def write_poses_bounds(scene: Path) -> None:
@@ -136,7 +136,7 @@ def test_nerfstudio_knows_the_dataparser():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["nerfstudio.configs.dataparser_configs", "ovs3d_nerfstudio.dataparser"])
+@pytest.mark.parametrize("first", ["nerfstudio.configs.dataparser_configs", "ovs3d_nerfstudio.data.dataparser"])
 def test_no_import_goes_in_a_circle(first, tmp_path):
     code = (
         f"import sys, {first}; print([m for m in sys.modules if m.endswith(('.datamanager', '.pipeline'))]); "

@@ -9,8 +9,8 @@ import pytest
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.features.extraction import extract
 
 pytestmark = pytest.mark.slow

@@ -24,9 +24,9 @@ from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 
-from ovs3d_nerfstudio import ranks
+from ovs3d_nerfstudio.engine import ranks
+from ovs3d_nerfstudio.engine.trainer import check_machine
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.trainer import check_machine
 
 pytestmark = pytest.mark.slow
 RAYS, STEPS = 256, 45

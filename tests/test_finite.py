@@ -10,11 +10,11 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.scene_box import SceneBox
 from torch.autograd import gradcheck
 
-from ovs3d_nerfstudio import losses
-from ovs3d_nerfstudio.anomaly import PATIENCE, AnomalyError, LossGuard, check_weights
+from ovs3d_nerfstudio.engine.anomaly import PATIENCE, AnomalyError, LossGuard, check_weights
 from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows, _coverage
-from ovs3d_nerfstudio.renderers import composite, top_samples
-from ovs3d_nerfstudio.segmentation import Segmenter, stretched
+from ovs3d_nerfstudio.fields.compositing import composite, top_samples
+from ovs3d_nerfstudio.losses import paper, patches
+from ovs3d_nerfstudio.prompts.segmentation import Segmenter, stretched
 
 RAYS, SIDE, DIM, SCALES, WIDTH = 12, 4, 6, 2, 10
 
@@ -41,17 +41,17 @@ def windows(low, high, coefficients, dtype=torch.float64) -> Windows:
 def test_divergences_of_equal_certain_and_opposite_distributions():
     for logits in (torch.zeros(2, 4), 40 * torch.eye(4)[:2], torch.tensor([[9.0, -9, 0, 0], [-9, 9, 0, 0]])):
         assert checked(
-            lambda a, b: losses.js_divergence(a.log_softmax(-1), b.log_softmax(-1)), logits, logits.flip(0) + 1e-3
+            lambda a, b: paper.js_divergence(a.log_softmax(-1), b.log_softmax(-1)), logits, logits.flip(0) + 1e-3
         )
-        assert checked(lambda a: losses.js_divergence(a.log_softmax(-1), a.detach().log_softmax(-1)), logits)
-        assert checked(lambda a, b: losses.kl_divergence(a.log_softmax(-1), b.log_softmax(-1)), logits, logits.flip(0))
+        assert checked(lambda a: paper.js_divergence(a.log_softmax(-1), a.detach().log_softmax(-1)), logits)
+        assert checked(lambda a, b: paper.kl_divergence(a.log_softmax(-1), b.log_softmax(-1)), logits, logits.flip(0))
 
 
 def test_one_class_alone_costs_nothing_and_pulls_nowhere():
     scores = noise(RAYS, 1).requires_grad_()
-    pairs = losses.sample_pairs(1, RAYS, 1000, "cpu")
-    parts = losses.fda_loss(scores.log_softmax(-1)[None], noise(1, RAYS, 5), pairs, 0.7)
-    total = losses.rda_loss(scores, noise(RAYS, 1, seed=1)) + sum(parts)
+    pairs = paper.sample_pairs(1, RAYS, 1000, "cpu")
+    parts = paper.fda_loss(scores.log_softmax(-1)[None], noise(1, RAYS, 5), pairs, 0.7)
+    total = paper.rda_loss(scores, noise(RAYS, 1, seed=1)) + sum(parts)
     total.backward()
     assert total == 0 and torch.equal(scores.grad, torch.zeros_like(scores))
 
@@ -59,11 +59,11 @@ def test_one_class_alone_costs_nothing_and_pulls_nowhere():
 @pytest.mark.parametrize("alike", [True, False], ids=["all tokens alike", "all tokens unlike"])
 def test_fda_without_a_positive_or_a_negative_pair(alike):
     tokens = torch.ones(1, 5, 5).double() if alike else torch.eye(5).double()[None]
-    pairs = losses.sample_pairs(1, 5, 1000, "cpu")
+    pairs = paper.sample_pairs(1, 5, 1000, "cpu")
     pairs = pairs if alike else pairs[:, :, (pairs[0] != pairs[1])[0]]  # a token is always like itself
-    parts = losses.fda_loss(noise(1, 5, 3).log_softmax(-1), tokens, pairs, 0.7)
+    parts = paper.fda_loss(noise(1, 5, 3).log_softmax(-1), tokens, pairs, 0.7)
     assert parts[alike] == 0 and parts[not alike] != 0
-    assert checked(lambda x: sum(losses.fda_loss(x.log_softmax(-1), tokens, pairs, 0.7)), noise(1, 5, 3))
+    assert checked(lambda x: sum(paper.fda_loss(x.log_softmax(-1), tokens, pairs, 0.7)), noise(1, 5, 3))
 
 
 def test_features_of_no_length_have_a_bounded_gradient():
@@ -72,10 +72,10 @@ def test_features_of_no_length_have_a_bounded_gradient():
         features = (scale * noise(3, DIM, seed=1).float()).requires_grad_()
         segmenter = Segmenter()
         segmenter.configure(["a", "b"], target[:2], torch.eye(DIM), noise(50, DIM).float(), "", "")
-        value = losses.cosine_loss(features, target) + segmenter.similarities(features).sum()
+        value = paper.cosine_loss(features, target) + segmenter.similarities(features).sum()
         value.backward()
         assert torch.isfinite(value) and features.grad.abs().max() < 1e7, scale
-    assert checked(lambda x: losses.cosine_loss(x, target.double()), noise(3, DIM, seed=1))
+    assert checked(lambda x: paper.cosine_loss(x, target.double()), noise(3, DIM, seed=1))
 
 
 @pytest.mark.parametrize("place", ["empty", "opaque", "even"])
@@ -102,18 +102,18 @@ def test_windows_at_borders_and_apertures_of_every_width():
     drawn = windows(low, high, noise(4, DIM, seed=2))
     rays = noise(SIDE * SIDE, DIM, seed=4)
     for aperture in (0.0, 1.0, 30.0, 1e4):
-        assert torch.isfinite(losses.patch_distances(rays, drawn, aperture)).all()
+        assert torch.isfinite(patches.patch_distances(rays, drawn, aperture)).all()
     single = windows(low, high, noise(4, DIM, seed=2), torch.float32)
     wide = torch.tensor(1e4, requires_grad=True)
-    losses.patch_distances(rays.float(), single, wide).sum().backward()
+    patches.patch_distances(rays.float(), single, wide).sum().backward()
     assert torch.isfinite(wide.grad)
-    assert checked(lambda r, a: losses.patch_distances(r, drawn, a), rays, torch.tensor(1.5))
+    assert checked(lambda r, a: patches.patch_distances(r, drawn, a), rays, torch.tensor(1.5))
 
 
 def test_a_window_without_a_patch_costs_nothing():
     drawn = windows([], [], torch.zeros(0, DIM))
-    distances = losses.patch_distances(noise(SIDE * SIDE, DIM), drawn, 1.0)
-    assert losses.patch_loss(distances) == 0 and losses.unmixing_loss(distances, distances) == 0
+    distances = patches.patch_distances(noise(SIDE * SIDE, DIM), drawn, 1.0)
+    assert patches.patch_loss(distances) == 0 and patches.unmixing_loss(distances, distances) == 0
 
 
 def test_a_class_of_constant_similarity_is_not_blown_up():

@@ -16,8 +16,8 @@ from nerfstudio.fields.density_fields import HashMLPDensityField
 from nerfstudio.fields.nerfacto_field import NerfactoField
 from torch import Tensor
 
-from ovs3d_nerfstudio import hash_grid
-from ovs3d_nerfstudio.hash_grid import FastHashEncoding, use_fast_hash_grids
+from ovs3d_nerfstudio.fields import hash_grid
+from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 2e-10}
 ROOT = Path(hash_grid.__file__).resolve().parents[1]
@@ -253,7 +253,7 @@ def test_import_is_light_and_fork_is_safe(tmp_path: Path) -> None:
     run_python(
         """
 import os, signal, sys, torch
-from ovs3d_nerfstudio.hash_grid import FastHashEncoding
+from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding
 assert "numba" not in sys.modules and "triton" not in sys.modules
 torch.set_num_threads(2)
 encoding = FastHashEncoding(num_levels=3, log2_hashmap_size=10)
@@ -274,7 +274,8 @@ def test_triton_kernels_in_the_interpreter() -> None:
     run_python(
         """
 import torch
-from ovs3d_nerfstudio import hash_grid, hash_grid_triton
+from ovs3d_nerfstudio.fields import hash_grid
+from ovs3d_nerfstudio.fields import hash_grid_triton
 from test_hash_grid import assert_same, pair, points, run
 for features, dtype, levels in ((2, torch.float32, 3), (3, torch.float64, 1)):
     reference, fast = pair(features, dtype, num_levels=levels)

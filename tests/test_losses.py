@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovs3d_nerfstudio import losses
 from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows
+from ovs3d_nerfstudio.losses import color, paper, patches
 
 
 def distributions(*shape, seed=0):
@@ -27,19 +27,19 @@ def slow_js(p, q):
 def test_js_is_the_mean_divergence_from_the_mixture():
     log_p, log_q = distributions(6, 4), distributions(6, 4, seed=1)
     expected = [slow_js(p, q) for p, q in zip(log_p.exp(), log_q.exp(), strict=True)]
-    assert torch.allclose(losses.js_divergence(log_p, log_q), torch.tensor(expected, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(paper.js_divergence(log_p, log_q), torch.tensor(expected, dtype=torch.float64), atol=1e-12)
 
 
 def test_js_ends_at_ln_2_where_kl_does_not():
     log_p = torch.tensor([[50.0, 0.0]], dtype=torch.float64).log_softmax(-1)
     log_q = log_p.flip(-1)
-    assert losses.js_divergence(log_p, log_q).item() == pytest.approx(math.log(2))
-    assert losses.kl_divergence(log_p, log_q).item() == pytest.approx(50)
+    assert paper.js_divergence(log_p, log_q).item() == pytest.approx(math.log(2))
+    assert paper.kl_divergence(log_p, log_q).item() == pytest.approx(50)
 
 
 def test_js_of_equal_distributions_is_zero_with_a_finite_gradient():
     logits = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
-    value = losses.js_divergence(logits.log_softmax(-1), logits.log_softmax(-1)).sum()
+    value = paper.js_divergence(logits.log_softmax(-1), logits.log_softmax(-1)).sum()
     value.backward()
     assert value.item() == 0 and torch.isfinite(logits.grad).all()
 
@@ -63,9 +63,9 @@ def slow_fda(p, tokens, pairs, seen, shift, divergence, rebalance):
 def test_fda_is_the_loop_over_pairs(divergence, rebalance):
     log_p = distributions(2, 5, 3)
     tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    pairs = losses.sample_pairs(2, 5, 25, "cpu")
+    pairs = paper.sample_pairs(2, 5, 25, "cpu")
     seen = torch.tensor([[True] * 5, [True, False, True, True, False]])
-    fast = losses.fda_loss(log_p, tokens, pairs, 0.1, divergence, rebalance, seen)
+    fast = paper.fda_loss(log_p, tokens, pairs, 0.1, divergence, rebalance, seen)
     slow = slow_fda(log_p.exp(), tokens, pairs, seen, 0.1, divergence, rebalance)
     assert [value.item() for value in fast] == pytest.approx(slow, abs=1e-12)
 
@@ -73,36 +73,36 @@ def test_fda_is_the_loop_over_pairs(divergence, rebalance):
 def test_fda_has_the_right_gradient():
     logits = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64, requires_grad=True)
     tokens = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    pairs = losses.sample_pairs(1, 4, 16, "cpu")
+    pairs = paper.sample_pairs(1, 4, 16, "cpu")
     for part in (0, 1):
         assert torch.autograd.gradcheck(
-            lambda x, part=part: losses.fda_loss(x.log_softmax(-1), tokens, pairs, 0.1)[part], (logits,)
+            lambda x, part=part: paper.fda_loss(x.log_softmax(-1), tokens, pairs, 0.1)[part], (logits,)
         )
 
 
 def test_all_pairs_are_taken_when_they_fit_and_a_subset_when_not():
-    every = losses.sample_pairs(2, 4, 16, "cpu")
+    every = paper.sample_pairs(2, 4, 16, "cpu")
     assert sorted(zip(*every[:, 1].tolist(), strict=True)) == [(a, b) for a in range(4) for b in range(4)]
-    assert losses.sample_pairs(3, 100, 64, "cpu").shape == (2, 3, 64)
+    assert paper.sample_pairs(3, 100, 64, "cpu").shape == (2, 3, 64)
 
 
 def test_rda_is_zero_only_for_equal_distributions():
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    assert losses.rda_loss(logits, logits + 3).item() == pytest.approx(0, abs=1e-15)
+    assert paper.rda_loss(logits, logits + 3).item() == pytest.approx(0, abs=1e-15)
     expected = sum(slow_js(p, q) for p, q in zip(logits.softmax(-1), logits.flip(0).softmax(-1), strict=True)) / 5
-    assert losses.rda_loss(logits, logits.flip(0)).item() == pytest.approx(expected)
+    assert paper.rda_loss(logits, logits.flip(0)).item() == pytest.approx(expected)
 
 
 def test_rda_and_feature_loss_have_the_right_gradient():
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64, requires_grad=True)
     y = torch.randn(4, 3, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: losses.rda_loss(x, y), (x,))
-    assert torch.autograd.gradcheck(lambda x: losses.cosine_loss(x, y), (x,))
+    assert torch.autograd.gradcheck(lambda x: paper.rda_loss(x, y), (x,))
+    assert torch.autograd.gradcheck(lambda x: paper.cosine_loss(x, y), (x,))
 
 
 def test_feature_loss_is_one_minus_cosine():
     x, y = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 2.0], [5.0, 5.0]])
-    assert losses.cosine_loss(x, y).item() == pytest.approx((1 + 0) / 2)
+    assert paper.cosine_loss(x, y).item() == pytest.approx((1 + 0) / 2)
 
 
 def test_patch_loss_is_zero_when_blurred_features_give_the_patches_back():
@@ -115,11 +115,11 @@ def test_patch_loss_is_zero_when_blurred_features_give_the_patches_back():
     )
     group = PatchGroup(rows, cols.expand(2, 4), 3 * slow)
     windows = Windows(torch.zeros(16, 3), torch.zeros(1, 16, 2), [group], 4)
-    assert losses.patch_loss(losses.patch_distances(features.view(16, 5), windows)).item() == pytest.approx(
+    assert patches.patch_loss(patches.patch_distances(features.view(16, 5), windows)).item() == pytest.approx(
         0, abs=1e-12
     )
     group.coefficients = -group.coefficients
-    assert losses.patch_loss(losses.patch_distances(features.view(16, 5), windows)).item() == pytest.approx(2)
+    assert patches.patch_loss(patches.patch_distances(features.view(16, 5), windows)).item() == pytest.approx(2)
 
 
 def test_an_aperture_weighs_the_centre_of_a_patch_as_a_gaussian_does():
@@ -138,23 +138,23 @@ def test_an_aperture_weighs_the_centre_of_a_patch_as_a_gaussian_does():
                 u, v = (i + 0.5 - centre) / half, (j + 0.5 - centre) / half
                 mean += torch.exp(-aperture * (u**2 + v**2)) * rays[i * side + j]
         slow.append(1 - F.cosine_similarity(mean, embeddings[p], dim=0))
-    assert torch.allclose(losses.patch_distances(rays, windows, aperture), torch.stack(slow), atol=1e-5)
+    assert torch.allclose(patches.patch_distances(rays, windows, aperture), torch.stack(slow), atol=1e-5)
 
 
 def test_unmixing_counts_for_little_where_classes_cannot_explain_a_patch():
     features = torch.tensor([0.05, 0.05, 0.05])
     classes = torch.tensor([0.04, 0.05, 0.5], requires_grad=True)
-    losses.unmixing_loss(classes, features).backward()
+    patches.unmixing_loss(classes, features).backward()
     known, equal, unknown = (3 * classes.grad).tolist()
     assert known == pytest.approx(1) and equal == pytest.approx(1) and unknown == pytest.approx((0.051 / 0.501) ** 4)
-    assert losses.unmixing_loss(torch.zeros(0), torch.zeros(0)) == losses.patch_loss(torch.zeros(0)) == 0
+    assert patches.unmixing_loss(torch.zeros(0), torch.zeros(0)) == patches.patch_loss(torch.zeros(0)) == 0
 
 
 def slow_color_loss(p, colors, bandwidth, seen, side):
     total, pairs = 0.0, 0
     for window in range(len(p)):
         for y, x in [(y, x) for y in range(side) for x in range(side)]:
-            for down, right in losses.NEIGHBOURS:
+            for down, right in color.NEIGHBOURS:
                 if y + down < side and 0 <= x + right < side:
                     a, b = y * side + x, (y + down) * side + x + right
                     alike = math.exp(-(colors[window, a] - colors[window, b]).square().sum() / (2 * bandwidth**2))
@@ -171,14 +171,14 @@ def test_color_loss_is_its_formula_and_its_gradient_is_right():
     everything = torch.ones_like(seen)
     for mask, given in ((seen, seen), (everything, None)):
         expected = slow_color_loss(log_p.exp(), colors, 0.1, mask, 4)
-        assert losses.color_loss(log_p, colors, 0.1, given).item() == pytest.approx(expected, abs=1e-12)
+        assert color.color_loss(log_p, colors, 0.1, given).item() == pytest.approx(expected, abs=1e-12)
     logits = torch.randn(1, 9, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: losses.color_loss(x.log_softmax(-1), colors[:1, :9], 0.1), logits)
+    assert torch.autograd.gradcheck(lambda x: color.color_loss(x.log_softmax(-1), colors[:1, :9], 0.1), logits)
 
 
 def test_color_loss_lets_classes_change_where_colors_do_and_nowhere_else():
     labels = (torch.arange(16) % 4 >= 2).long()
     log_p = (20 * F.one_hot(labels, 2).float()).log_softmax(-1)[None]
     edge, plain = labels[None, :, None].expand(1, 16, 3).float(), torch.zeros(1, 16, 3)
-    assert losses.color_loss(log_p, edge, 0.05) < 1e-6 < 0.1 < losses.color_loss(log_p, plain, 0.05)
-    assert losses.color_loss(log_p[:, :1], plain[:, :1], 0.05) == 0  # a single ray has no neighbour
+    assert color.color_loss(log_p, edge, 0.05) < 1e-6 < 0.1 < color.color_loss(log_p, plain, 0.05)
+    assert color.color_loss(log_p[:, :1], plain[:, :1], 0.05) == 0  # a single ray has no neighbour

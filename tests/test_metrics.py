@@ -14,14 +14,9 @@ from PIL import Image
 from scipy.ndimage import binary_erosion
 from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 
-from ovs3d_nerfstudio.annotations import AnnotationError, Annotations, mask_stem
-from ovs3d_nerfstudio.metrics import (
-    boundary_iou,
-    match_classes,
-    relabel,
-    summarise,
-    view_metrics,
-)
+from ovs3d_nerfstudio.data.annotations import AnnotationError, Annotations
+from ovs3d_nerfstudio.evaluation.metrics import boundary_iou, match_classes, relabel, summarise, view_metrics
+from ovs3d_nerfstudio.files import mask_stem
 
 CLASSES = 6
 

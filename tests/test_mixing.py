@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows
-from ovs3d_nerfstudio.losses import patch_distances
-from ovs3d_nerfstudio.mixing import PatchMixture
+from ovs3d_nerfstudio.losses.mixing import PatchMixture
+from ovs3d_nerfstudio.losses.patches import patch_distances
 
 
 def simulated(prompts, weights, offset, aperture, side=16, patches=300, seed=0):

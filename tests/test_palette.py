@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovs3d_nerfstudio.palette import class_color, colorize, colors_for, legend, palette, save_legend
+from ovs3d_nerfstudio.prompts.palette import class_color, colorize, colors_for, legend, palette, save_legend
 
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=3), max_size=40, unique=True)
 

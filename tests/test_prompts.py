@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovs3d_nerfstudio.prompts import (
+from ovs3d_nerfstudio.prompts.prompts import (
     MAX_PROMPT_CHARACTERS,
     MAX_PROMPTS,
     PromptError,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from children import checkpoint_folder
 
-from ovs3d_nerfstudio.checkpoints import checkpoints, read_checkpoint
+from ovs3d_nerfstudio.engine.checkpoints import checkpoints, read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovs3d_nerfstudio.answers import Question
-from ovs3d_nerfstudio.segmentation import ClassScores, Segmenter, chosen_scores, told_scores
+from ovs3d_nerfstudio.prompts.answers import Question
+from ovs3d_nerfstudio.prompts.segmentation import ClassScores, Segmenter, chosen_scores, told_scores
 
 TRAINED = ["apple", "table"]
 

@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from ovs3d_nerfstudio import threads
+from ovs3d_nerfstudio.engine import threads
 
 
 @pytest.fixture

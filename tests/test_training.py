@@ -10,7 +10,7 @@ from conftest import CLIP
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.optimizers import Optimizers
 
-from ovs3d_nerfstudio.model import OVS3DModel, rays_that_fit
+from ovs3d_nerfstudio.models.nerf import OVS3DModel, rays_that_fit
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
 
@@ -61,7 +61,7 @@ def test_clip_and_dino_checkpoints_train_for_real(data, checkpoints):
 
 
 def test_the_papers_own_setting_trains(data, checkpoints):
-    paper = all_methods["ovs3d"].pipeline.model
+    paper = all_methods["ovs3d-paper"].pipeline.model
     names = [name for name in vars(paper) if name.startswith(("fda_", "rda_")) or name.endswith("_loss_mult")]
     model = {name: getattr(paper, name) for name in names if name not in ("fda_start", "fda_pairs")}
     history = train(pipeline(data, model=model, **checkpoints, prompts="a cat; a rocket"), 0, 4)
@@ -121,7 +121,7 @@ def test_without_prompts_the_features_are_learned_alone_and_it_is_said(data, che
 
 
 def test_what_classes_are_compared_by_is_said_and_stays_with_the_run(data, checkpoints, capsys, monkeypatch):
-    monkeypatch.setattr("ovs3d_nerfstudio.segmentation.NARROW", 2.0)  # any prompts have one so narrow
+    monkeypatch.setattr("ovs3d_nerfstudio.prompts.segmentation.NARROW", 2.0)  # any prompts have one so narrow
     trained = pipeline(data, **checkpoints, prompts="a cat; a rocket")
     train(trained, 0, 3)
     assert "so classes are compared by relevancies" in " ".join(capsys.readouterr().out.split())
@@ -218,7 +218,7 @@ def test_a_picture_is_rendered_in_smaller_chunks_where_memory_is_short(data, mon
     most, seen = model.config.eval_num_rays_per_chunk, []
     whole = model.get_outputs_for_camera(camera)["rgb"]
     hook = model.collider.register_forward_hook(lambda _m, args, _out: seen.append(len(args[0])))
-    monkeypatch.setattr("ovs3d_nerfstudio.model.free_memory", lambda _device: 2 * 300 * 60_000)
+    monkeypatch.setattr("ovs3d_nerfstudio.models.nerf.free_memory", lambda _device: 2 * 300 * 60_000)
     assert torch.allclose(model.get_outputs_for_camera(camera)["rgb"], whole, atol=1e-5)
     hook.remove()
     assert max(seen) == 256 and model.config.eval_num_rays_per_chunk == most == rays_that_fit(model.config, 1 << 30)

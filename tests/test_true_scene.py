@@ -18,7 +18,7 @@ from ovs3d_nerfstudio.cli.ply import write_ply
 from ovs3d_nerfstudio.cli.points import Frame
 from ovs3d_nerfstudio.demo.raycast import Camera, cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, held_out_cameras, make_scene, train_cameras
-from ovs3d_nerfstudio.prompts import CLASSES_FILE, read_prompts_file
+from ovs3d_nerfstudio.prompts.prompts import CLASSES_FILE, read_prompts_file
 
 pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "quality.py"

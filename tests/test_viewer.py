@@ -12,12 +12,12 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.viewer.viewer import Viewer
 from test_training import data, pipeline, train  # noqa: F401 (fixtures)
 
-from ovs3d_nerfstudio.answers import Answering, Answers, Question
 from ovs3d_nerfstudio.encoders.base import EncoderError
-from ovs3d_nerfstudio.live import FeatureCache, LiveModel, LivePrompts
-from ovs3d_nerfstudio.prompts import PromptError
-from ovs3d_nerfstudio.segmentation import Segmenter
-from ovs3d_nerfstudio.viewer import keep_steps, legend
+from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question
+from ovs3d_nerfstudio.prompts.prompts import PromptError
+from ovs3d_nerfstudio.prompts.segmentation import Segmenter
+from ovs3d_nerfstudio.viewer.live import FeatureCache, LiveModel, LivePrompts
+from ovs3d_nerfstudio.viewer.panel import keep_steps, legend
 
 
 @pytest.fixture(scope="module")

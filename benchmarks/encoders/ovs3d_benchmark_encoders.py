@@ -16,7 +16,7 @@ from PIL import Image
 
 from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, pool_boxes
 from ovs3d_nerfstudio.encoders.offline import embed_text_minilm
-from ovs3d_nerfstudio.prompts import read_classes_file
+from ovs3d_nerfstudio.prompts.prompts import read_classes_file
 
 FOLDER = Path(os.environ.get("OVS3D_BENCHMARK_ENCODERS", Path(__file__).parents[2].parent / "shared" / "encoders"))
 SURFACES = ("wooden table", "white brick wall")

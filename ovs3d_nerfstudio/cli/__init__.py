@@ -9,9 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from inspect import cleandoc
 
 import tyro
+
+from ovs3d_nerfstudio import __version__
 
 SUBCOMMANDS = {
     "demo": "Make the demo scene, train on it, evaluate: what `make demo` runs.",
@@ -27,6 +30,9 @@ SUBCOMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `ovs3d SUBCOMMAND …`; what a user can mend ends with a sentence and exit status 1."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["--version"], ["-V"]):
+        print(_version())
+        return
     if not words or words[0] not in SUBCOMMANDS:
         _explain(words)
         return
@@ -41,12 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.main()
 
 
+def _version() -> str:
+    """Our version, and those that an answer to a question depends on."""
+    import torch
+
+    device = "CPU"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    elif torch.backends.mps.is_available():
+        device = "Apple GPU (MPS)"
+    return f"ovs3d_nerfstudio {__version__}, nerfstudio {version('nerfstudio')}, torch {torch.__version__}, {device}"
+
+
 def _explain(words: Sequence[str]) -> None:
     """The subcommands, one a line; ends with status 1 unless help was asked for."""
     asked = words and words[0] in ("-h", "--help")
     if words and not asked:
         print(f"ovs3d has no subcommand '{words[0]}'; choose one of these.", file=sys.stderr)
-    print("usage: ovs3d SUBCOMMAND [--help] …\n")
+    print("usage: ovs3d SUBCOMMAND [--help] …, or ovs3d --version\n")
     width = max(map(len, SUBCOMMANDS))
     for name, purpose in SUBCOMMANDS.items():
         print(f"  {name:{width}}  {purpose}")

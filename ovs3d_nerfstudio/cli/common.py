@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
 
-from ovs3d_nerfstudio.checkpoints import checkpoints, read_checkpoint
 from ovs3d_nerfstudio.cli.run_config import RunLoader
-from ovs3d_nerfstudio.embedding import Embedder
-from ovs3d_nerfstudio.encoders.base import reason
-from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.features.cache import written_beside
+from ovs3d_nerfstudio.engine.checkpoints import checkpoints, read_checkpoint
+from ovs3d_nerfstudio.errors import CommandError, reason
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
-from ovs3d_nerfstudio.prompts import given_prompts
+from ovs3d_nerfstudio.prompts.embedding import Embedder
+from ovs3d_nerfstudio.prompts.prompts import given_prompts
 
 
 def open_run(
@@ -106,10 +103,3 @@ def ask(pipeline: OVS3DPipeline, prompts: str, prompts_file: Path | None) -> lis
         return segmenter.prompts
     segmenter.ask(asked, Embedder(pipeline.device)(segmenter, asked))
     return asked
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON beside and renames; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,16 +12,17 @@ from jaxtyping import Float, Int, UInt8
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
-from ovs3d_nerfstudio.cli.common import ask, open_run, write_json
+from ovs3d_nerfstudio.cli.common import ask, open_run
 from ovs3d_nerfstudio.cli.labels import ids, write_labels, write_picture
 from ovs3d_nerfstudio.cli.report import write_report
+from ovs3d_nerfstudio.engine.option_checks import check_file
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.evaluation import RenderedView, rendered_views
-from ovs3d_nerfstudio.metrics import ViewMetrics, match_classes, relabel, summarise, view_metrics
-from ovs3d_nerfstudio.option_checks import check_file
-from ovs3d_nerfstudio.palette import colorize, colors_for
+from ovs3d_nerfstudio.evaluation.metrics import ViewMetrics, match_classes, relabel, summarise, view_metrics
+from ovs3d_nerfstudio.evaluation.splits import RenderedView, rendered_views
+from ovs3d_nerfstudio.files import write_json
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
-from ovs3d_nerfstudio.prompts import clean_prompt, prompt_key
+from ovs3d_nerfstudio.prompts.palette import colorize, colors_for
+from ovs3d_nerfstudio.prompts.prompts import clean_prompt, prompt_key
 
 WRONG = np.array([220, 30, 30], np.uint8)
 """Colour of a wrong pixel in the picture of errors."""

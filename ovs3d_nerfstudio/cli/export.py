@@ -13,16 +13,16 @@ from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
-from ovs3d_nerfstudio.annotations import mask_stem
 from ovs3d_nerfstudio.cli.cloud import sample_cloud
-from ovs3d_nerfstudio.cli.common import ask, open_run, write_json
+from ovs3d_nerfstudio.cli.common import ask, open_run
 from ovs3d_nerfstudio.cli.labels import ids
 from ovs3d_nerfstudio.cli.ply import positions_of, read_vertices, vertex_table, with_labels, write_ply
 from ovs3d_nerfstudio.cli.points import Frame, label_positions, objects
+from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SHARE, SIZE, check_fields
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.option_checks import COUNT, POSITIVE, SHARE, SIZE, check_fields
-from ovs3d_nerfstudio.palette import colorize, save_legend
+from ovs3d_nerfstudio.files import mask_stem, write_json
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+from ovs3d_nerfstudio.prompts.palette import colorize, save_legend
 
 
 @dataclass

@@ -9,8 +9,8 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from ovs3d_nerfstudio.cli.scenes import SceneOptions
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.engine.option_checks import check_device
 from ovs3d_nerfstudio.features.extraction import extract
-from ovs3d_nerfstudio.option_checks import check_device
 
 
 @dataclass

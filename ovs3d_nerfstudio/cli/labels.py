@@ -9,12 +9,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from ovs3d_nerfstudio.annotations import mask_stem
-from ovs3d_nerfstudio.cli.common import write_json
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.features.cache import written_beside
-from ovs3d_nerfstudio.palette import save_legend
-from ovs3d_nerfstudio.prompts import CLASSES_FILE, prompt_key
+from ovs3d_nerfstudio.files import mask_stem, write_json, written_beside
+from ovs3d_nerfstudio.prompts.palette import save_legend
+from ovs3d_nerfstudio.prompts.prompts import CLASSES_FILE, prompt_key
 
 
 def write_labels(path: Path, labels: Int[np.ndarray, "H W"], num_classes: int) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from plyfile import PlyData, PlyElement, PlyParseError
 
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.features.cache import written_beside
+from ovs3d_nerfstudio.files import written_beside
 
 COLORS = ("red", "green", "blue")
 

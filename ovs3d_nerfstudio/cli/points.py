@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.model import OVS3DModel
+from ovs3d_nerfstudio.models.nerf import OVS3DModel
 
 CHUNK = 1 << 16
 """Points labelled at once."""

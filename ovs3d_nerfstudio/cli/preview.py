@@ -13,19 +13,19 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 from torch import Tensor
 
-from ovs3d_nerfstudio.cli.common import write_json
 from ovs3d_nerfstudio.cli.labels import write_picture
 from ovs3d_nerfstudio.cli.scenes import SceneOptions
 from ovs3d_nerfstudio.cli.sheet import PreviewedView, contact_sheet
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.engine.option_checks import check_device, check_file
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import CachedViews, extract
-from ovs3d_nerfstudio.option_checks import check_device, check_file
-from ovs3d_nerfstudio.palette import palette
+from ovs3d_nerfstudio.files import write_json
 from ovs3d_nerfstudio.pictures import read_picture
-from ovs3d_nerfstudio.prompts import choose_prompts
-from ovs3d_nerfstudio.segmentation import chosen_scores, percentiles, stretched, told_scores
+from ovs3d_nerfstudio.prompts.palette import palette
+from ovs3d_nerfstudio.prompts.prompts import choose_prompts
+from ovs3d_nerfstudio.prompts.segmentation import chosen_scores, percentiles, stretched, told_scores
 
 NEVER = 0.005
 """A prompt that wins less than this share of the pictures is said never to win."""

@@ -22,8 +22,8 @@ from rich.markup import escape
 
 from ovs3d_nerfstudio.cli.common import ask, open_run
 from ovs3d_nerfstudio.cli.labels import LabelFolder
+from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, Range, check_fields
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.option_checks import POSITIVE, SIZE, Range, check_fields
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
 RANGES = {

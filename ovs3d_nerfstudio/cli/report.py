@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from ovs3d_nerfstudio.features.cache import written_beside
+from ovs3d_nerfstudio.files import written_beside
 
 FIGURES = {
     "miou": "mIoU",

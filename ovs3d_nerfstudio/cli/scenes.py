@@ -11,11 +11,11 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
 from ovs3d_nerfstudio.cli.common import our_methods
+from ovs3d_nerfstudio.data.scene_checks import readable_scene
+from ovs3d_nerfstudio.engine.option_checks import check_scales
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.extraction import ClipFeatures, default_cache_dir
-from ovs3d_nerfstudio.option_checks import check_scales
 from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
-from ovs3d_nerfstudio.scene_checks import readable_scene
 
 
 @dataclass
@@ -25,7 +25,7 @@ class SceneOptions:
     data: Path
     """The scene: a folder, or a file in it such as transforms.json."""
     method: str = "ovs3d"
-    """The method whose encoders and scales are the defaults: ovs3d, ovs3d-plus, ovs3d-lite, or another variant of it."""
+    """The method whose encoders and scales are the defaults: ovs3d, ovs3d-paper, ovs3d-lite, or another variant of it."""
     image_text_encoder: str | None = None
     """What embeds patches and prompts, as in training; default: the method's."""
     token_encoder: str | None = None

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
-from ovs3d_nerfstudio.palette import colorize, fitted_text
-from ovs3d_nerfstudio.segmentation import stretched
+from ovs3d_nerfstudio.prompts.palette import colorize, fitted_text
+from ovs3d_nerfstudio.prompts.segmentation import stretched
 
 CELL_HEIGHT = 120
 """Height in pixels of a picture of the sheet."""

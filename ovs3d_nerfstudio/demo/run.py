@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from ovs3d_nerfstudio.demo.scene import make_scene
-from ovs3d_nerfstudio.features.cache import written_beside
-from ovs3d_nerfstudio.threads import let_sleep
+from ovs3d_nerfstudio.engine.threads import let_sleep
+from ovs3d_nerfstudio.files import written_beside
 
 RUN = Path("run") / "ovs3d-lite"
 
@@ -60,9 +60,9 @@ def leave_pictures(config: Path, folder: Path) -> None:
     # Imported here: nerfstudio takes seconds to import, and making the scene needs none of it.
     from nerfstudio.utils.eval_utils import eval_setup
 
-    from ovs3d_nerfstudio.evaluation import evaluate_split, stills
-    from ovs3d_nerfstudio.palette import save_legend
+    from ovs3d_nerfstudio.evaluation.splits import evaluate_split, stills
     from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+    from ovs3d_nerfstudio.prompts.palette import save_legend
 
     _, pipeline, _, _ = eval_setup(config)
     assert isinstance(pipeline, OVS3DPipeline)

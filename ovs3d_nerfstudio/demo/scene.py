@@ -27,7 +27,8 @@ from numpy import ndarray
 from PIL import Image
 
 from ovs3d_nerfstudio.demo.raycast import Box, Camera, Cylinder, Floor, Solid, Texture, cast, render
-from ovs3d_nerfstudio.prompts import CLASSES_FILE
+from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.prompts.prompts import CLASSES_FILE
 
 SCENE_FILE = "scene.json"
 """Beside transforms.json: what the scene was made with, and where its blocks stand."""
@@ -41,8 +42,8 @@ TARGET = (0.0, 0.0, 0.45)
 """What all cameras have in the middle of their pictures."""
 
 
-class DemoError(ValueError):
-    """The demo scene cannot be made; the message is a sentence for the user."""
+class DemoError(UserError):
+    """The demo scene cannot be made."""
 
 
 def make_scene(folder: Path, width: int = 400, train_views: int = 40, test_views: int = 8) -> Path:

@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ovs3d_nerfstudio.errors import UserError, reason
+
 IMAGE_TEXT_ENCODERS = "ovs3d.image_text_encoders"
 TOKEN_ENCODERS = "ovs3d.token_encoders"
 
 
-class EncoderError(ValueError):
-    """An encoder cannot be had as asked; the message is a sentence for the user."""
+class EncoderError(UserError):
+    """An encoder cannot be had as asked."""
 
 
 def file_digest(path: Path) -> str:
@@ -38,13 +40,6 @@ def file_digest(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()[:16]
-
-
-def reason(error: Exception, lines: int = 1) -> str:
-    """The first line or lines of another package's message, cut to stand inside a sentence of ours."""
-    given = str(error).strip().splitlines()[:lines] or [type(error).__name__]
-    line = " ".join(part.strip() for part in given).rstrip(" .:")
-    return line if len(line) <= 200 else line[:200] + "…"
 
 
 def check_lengths(prompts: Sequence[str], tokens: Sequence[int], most: int, model: str) -> None:

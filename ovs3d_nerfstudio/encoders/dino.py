@@ -13,7 +13,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ovs3d_nerfstudio.encoders.base import EncoderError, TokenEncoder, file_digest, reason
+from ovs3d_nerfstudio.encoders.base import EncoderError, TokenEncoder, file_digest
+from ovs3d_nerfstudio.errors import reason
 
 DEFAULT = "facebook/dino-vitb8"
 """The paper's model: DINO (Caron et al., 2021), ViT-B, patches of 8 pixels."""

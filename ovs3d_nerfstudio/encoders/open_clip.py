@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import MultiheadAttention
 from torch.nn.functional import interpolate, linear, normalize
 
-from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, check_lengths, file_digest, reason
+from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, check_lengths, file_digest
+from ovs3d_nerfstudio.errors import reason
 
 DENSE_EDGE = 1.5
 """Shorter edge of a picture for dense features, as a multiple of the input size."""

@@ -12,8 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.files import written_beside
+
 FORMAT = 2
 """Raised when the meaning of a file changes; older files are then simply not found. Those of 1 may hold what was computed in half
 precision, under the trainer's autocast."""
@@ -33,8 +34,8 @@ HEADER = "ovs3d"
 """Name of our entry in a file's metadata."""
 
 
-class CacheError(RuntimeError):
-    """The cache cannot be written; the message is a sentence for the user."""
+class CacheError(UserError):
+    """The cache cannot be written."""
 
 
 def picture_key(path: Path) -> str:
@@ -132,19 +133,6 @@ class FeatureCache:
     def size(self, keys: list[str]) -> int:
         """Bytes on disk of the given pictures."""
         return sum(self.path(key).stat().st_size for key in keys if self.path(key).exists())
-
-
-@contextmanager
-def written_beside(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A path in the same folder, or in `folder`, that becomes `path` when the block ends well and is removed when it does
-    not."""
-    # Nobody can have put a link where no name can be foreseen.
-    beside = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -26,13 +26,13 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from ovs3d_nerfstudio import ranks
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder, pool_boxes
+from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache, picture_key
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
+from ovs3d_nerfstudio.files import leads_out_of
 from ovs3d_nerfstudio.pictures import PictureError, picture_size, read_picture
 from ovs3d_nerfstudio.precision import single_precision
-from ovs3d_nerfstudio.prompts import leads_out_of
 
 ClipFeatures = Literal["patches", "dense"]
 """What a patch's embedding is: that of its crop (3D-OVS), or the mean of the picture's dense features inside it."""

@@ -1,0 +1,93 @@
+"""The datamanager of the NeRF: rays as nerfstudio draws them, and what the features teach about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
+from torch import Tensor
+
+from ovs3d_nerfstudio.data.checked import CheckedData
+from ovs3d_nerfstudio.data.dataset import OVS3DDataset
+from ovs3d_nerfstudio.data.teaching import Teaching, TeachingConfig
+from ovs3d_nerfstudio.engine.option_checks import SIZE, Range
+from ovs3d_nerfstudio.features.teachers import Windows
+
+
+class MaskedPixelSampler(PixelSampler):
+    """nerfstudio's, but that it can sample within the mask of one picture too: so it samples pictures of different sizes."""
+
+    def rejection_sample_mask(
+        self, mask: Tensor, num_samples: int, num_images: int, *size: Any, **options: Any
+    ) -> Tensor:
+        # nerfstudio 1.1.5 squeezes a lone picture's axis away, and then wants to index it.
+        several = mask.expand(max(2, len(mask)), -1, -1, -1)
+        indices = super().rejection_sample_mask(several, num_samples, num_images, *size, **options)
+        indices[:, 0] %= num_images
+        return indices
+
+
+@dataclass
+class OVS3DDataManagerConfig(TeachingConfig, VanillaDataManagerConfig):
+    """Rays as nerfstudio draws them, and the teachers and windows of the semantic losses."""
+
+    _target: type = field(default_factory=lambda: OVS3DDataManager)
+    pixel_sampler: PixelSamplerConfig = field(default_factory=lambda: PixelSamplerConfig(_target=MaskedPixelSampler))
+    """How rays are drawn from the photos; never where a mask ignores them."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **TeachingConfig.RANGES,
+        "train_num_rays_per_batch": SIZE,
+        "eval_num_rays_per_batch": SIZE,
+        "camera_res_scale_factor": Range(0, 1, closed=False),
+    }
+
+
+class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
+    """A VanillaDataManager that can also say what the cached features teach about its rays.
+
+    Pixels that a view's mask (`mask_path`) ignores are no rays.
+    """
+
+    config: OVS3DDataManagerConfig
+    _kept: dict | None = None
+    _photos: Mapping[int, Tensor] | None = None
+
+    def next_step(
+        self, step: int, semantics: bool, windows: bool, colors: bool
+    ) -> tuple[RayBundle, RayBundle | None, dict]:
+        """What a step trains on: rays, the rays of windows where there are some, and a batch to learn from.
+
+        The batch has nerfstudio's entries; with `semantics` also `teachers` and `ranges` of the rays (see `teachers_of`), and
+        with `windows` their `windows`, colours included where `colors` asks for them.
+        """
+        rays, batch = self.next_train(step)
+        batch["image"] = batch["image"].to(self.device, non_blocking=True)
+        if not semantics:
+            return rays, None, batch
+        batch["teachers"], batch["ranges"] = self.teachers_of(batch["indices"])
+        drawn = self.next_windows(colors) if windows else None
+        if drawn is None:
+            return rays, None, batch
+        window_rays, batch["windows"] = drawn
+        return rays, window_rays, batch
+
+    def next_windows(self, colors: bool = False) -> tuple[RayBundle, Windows] | None:
+        """Windows (see `draw_windows`) with their rays, or None when no window is asked for."""
+        windows = self.draw_windows(colors)
+        return None if windows is None else (self.train_ray_generator(windows.indices), windows)
+
+    def photos_in_memory(self) -> Mapping[int, Float[Tensor, "H W c"]]:
+        """Those that nerfstudio draws rays from; looked up anew only when it has changed them, as a GPU would have to be waited
+        for."""
+        kept = self.train_image_dataloader.cached_collated_batch
+        if self._photos is None or kept is not self._kept:
+            self._kept = kept
+            views = [] if kept is None else kept["image_idx"].tolist()
+            self._photos = {view: kept["image"][place] for place, view in enumerate(views)}  # type: ignore[index]
+        return self._photos

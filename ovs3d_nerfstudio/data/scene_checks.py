@@ -1,0 +1,176 @@
+"""What is wrong with a scene, in a sentence: nerfstudio's parser reads transforms.json on trust, and training on poses that
+are no numbers goes on for hours. Only what would break is looked at, and of pictures only the headers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, Cameras
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
+
+from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.pictures import Header, PictureError, picture_header
+
+ONE_PLACE = 1e-6
+"""Cameras that lie within this share of their coordinates are at one place."""
+_PARSERS = "mend the data, or name another dataparser at the end of the command"
+
+
+class SceneError(UserError):
+    """A scene cannot be used."""
+
+
+@contextmanager
+def readable_scene(parser: DataParserConfig, data: Path) -> Iterator[None]:
+    """Checks `data` before the block has `parser` read it; what any parser stumbles over becomes a SceneError."""
+    if not data.exists():
+        raise SceneError(f"The scene {data} does not exist; name the folder that holds its data with --data.")
+    if isinstance(parser, NerfstudioDataParserConfig):
+        check_transforms(data)
+    try:
+        yield
+    except (SceneError, PictureError):
+        raise
+    except (AssertionError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise SceneError(f"{type(parser).__name__} cannot read {data} ({said}); {_PARSERS}.") from error
+
+
+def check_transforms(data: Path) -> None:
+    """Raises SceneError when nerfstudio's parser would fail, or worse would not, on the transforms.json of `data`."""
+    path = data if data.suffix == ".json" else data / "transforms.json"
+    if not path.is_file():
+        raise SceneError(
+            f"{data} has no transforms.json; make it with ns-process-data, or name another dataparser at the end of the "
+            "command, such as ovs3d-data."
+        )
+    again = "write it again with ns-process-data"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        what = "is empty" if path.stat().st_size == 0 else f"is no JSON in UTF-8 ({error})"
+        raise SceneError(f"{path} {what}; {again}.") from None
+    frames = meta.get("frames") if isinstance(meta, dict) else None
+    if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
+        raise SceneError(f"{path} has no list of frames; {again}.")
+    if len(frames) < 2:
+        raise SceneError(
+            f"{path} has {'one frame' if frames else 'no frame'}; a scene needs photos from several places, some dozens for a good field."
+        )
+    model = meta.get("camera_model", "OPENCV")
+    if model not in [*CAMERA_MODEL_TO_TYPE]:
+        raise SceneError(f"{path} has the camera_model {model!r}; give one of: {', '.join(CAMERA_MODEL_TO_TYPE)}.")
+    for number, frame in enumerate(frames):
+        _check_frame(f"{path}: frame {number} ({frame.get('file_path')})", meta, frame)
+    masks = sum("mask_path" in frame for frame in frames)
+    if 0 < masks < len(frames):
+        raise SceneError(
+            f"{path} has a mask_path for {masks} of {len(frames)} frames; give one to every frame or to none."
+        )
+    check_places(np.array([frame["transform_matrix"] for frame in frames], float)[:, :3, 3], str(path))
+
+
+def _check_frame(name: str, meta: dict[str, Any], frame: dict[str, Any]) -> None:
+    """Raises SceneError, which begins with `name`, when a frame lacks what its camera and its picture need."""
+    if not isinstance(frame.get("file_path"), str) or not frame["file_path"]:
+        raise SceneError(f"{name} has no file_path; give the path of its picture, or take the frame out.")
+    pose = _numbers(frame.get("transform_matrix"))
+    if pose is None or pose.shape != (4, 4):
+        raise SceneError(f"{name} has no transform_matrix of 4 × 4 finite numbers; mend it, or take the frame out.")
+    if flat(pose[:3, :3]):
+        raise SceneError(
+            f"{name} has a transform_matrix that turns space flat; give a rotation, or take the frame out."
+        )
+    for key in ("fl_x", "fl_y", "cx", "cy", "w", "h"):
+        given = meta if key in meta else frame
+        value = _numbers(given.get(key))
+        if value is None or value.ndim or (value <= 0 and key not in ("cx", "cy")):
+            what = f"the {key} {given[key]!r}" if key in given else f"no {key}"
+            raise SceneError(f"{name} has {what}; give it in pixels, for all frames together or for each.")
+
+
+def flat(axes: Float[np.ndarray, "*n 3 3"]) -> Bool[np.ndarray, "*n"]:
+    """Whether three axes, the columns, span no space, whatever their lengths."""
+    with np.errstate(all="ignore"):  # numbers too large to be multiplied are no axes either
+        lengths = np.linalg.norm(axes, axis=-2).prod(-1)
+        return ~(np.abs(np.linalg.det(axes)) > 1e-6 * lengths)
+
+
+def _numbers(value: Any) -> Float[np.ndarray, "..."] | None:
+    """`value` as an array, or None when it is not made of finite numbers alone."""
+    try:
+        array = np.array(value)
+    except ValueError:  # ragged
+        return None
+    return array.astype(float) if array.dtype.kind in "iuf" and np.isfinite(array).all() else None
+
+
+def check_places(origins: Float[np.ndarray, "N 3"], name: str) -> None:
+    """Raises SceneError, which names `name`, when cameras have no parallax."""
+    if np.ptp(origins, axis=0).max() <= ONE_PLACE * np.abs(origins).max():
+        place = ", ".join(f"{x:g}" for x in origins[0])
+        raise SceneError(
+            f"All {len(origins)} cameras of {name} are at one place ({place}), and nothing can be measured from there; take photos "
+            "from different places, or mend the poses."
+        )
+
+
+def check_cameras(cameras: Cameras, name: str) -> None:
+    """Raises SceneError when cameras that a parser made of `name` cannot be trained from."""
+    if not len(cameras):
+        raise SceneError(f"{name} has no photo to train on; {_PARSERS}, or its options.")
+    if not cameras.camera_to_worlds.isfinite().all():
+        raise SceneError(f"{name} has poses that are no finite numbers; {_PARSERS}.")
+    for option, focal in (("horizontal", cameras.fx), ("vertical", cameras.fy)):
+        if not (focal > 0).all() or not focal.isfinite().all():
+            raise SceneError(f"{name} has a {option} focal length of {float(focal.min()):g} pixels; {_PARSERS}.")
+    check_places(cameras.camera_to_worlds[:, :3, 3].double().numpy(), name)
+
+
+def check_pictures(
+    paths: Sequence[Path], headers: Mapping[Path, Header], cameras: Cameras, masks: Sequence[Path] | None
+) -> None:
+    """Raises SceneError when a picture, or its mask, is not of its camera's size; says once what loses quality.
+
+    A row or a column less than the camera has is let pass: tools round differently when they shrink. Pictures without a
+    header are passed over.
+    """
+    sizes = zip(cameras.width.flatten().tolist(), cameras.height.flatten().tolist(), strict=True)
+    for i, (path, (width, height)) in enumerate(zip(paths, sizes, strict=True)):
+        if path not in headers:
+            continue
+        header = headers[path]
+        if not (width - 1 <= header.width <= width and height - 1 <= header.height <= height):
+            raise SceneError(
+                f"{path} is {header.width} × {header.height} pixels, but its camera {width} × {height}; give the picture its "
+                "camera's size, or mend w, h and the focal lengths of the data."
+            )
+        if masks:
+            _check_mask(masks[i], path, header)
+    for remark in dict.fromkeys(header.remark for header in headers.values() if header.remark):
+        odd = [path.name for path, header in headers.items() if header.remark == remark]
+        what, _, loss = remark.partition(": ")
+        said = f"{len(odd)} of {len(paths)} pictures {what} (such as {odd[0]}): {loss}."
+        CONSOLE.print(f"[bold yellow]Warning:[/bold yellow] {escape(said)}")
+
+
+def _check_mask(mask: Path, path: Path, header: Header) -> None:
+    read = picture_header(mask)
+    if (read.width, read.height) != (header.width, header.height):
+        raise SceneError(
+            f"The mask {mask} is {read.width} × {read.height} pixels, but {path.name} {header.width} × {header.height}; "
+            "give both one size."
+        )
+    if read.mode not in ("1", "L", "P", "I", "I;16"):
+        raise SceneError(f"The mask {mask} has colours ({read.mode}); save it in grey, black where nothing counts.")

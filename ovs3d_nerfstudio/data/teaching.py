@@ -1,0 +1,114 @@
+"""What the cached features teach about the pixels of the training views, however those are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from nerfstudio.data.datamanagers.base_datamanager import DataManager
+from nerfstudio.data.utils.data_utils import get_image_mask_tensor_from_path
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+
+from ovs3d_nerfstudio.data.dataset import OVS3DDataset
+from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
+from ovs3d_nerfstudio.engine.option_checks import COUNT, SIZE, Range
+from ovs3d_nerfstudio.features.basis import Basis
+from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, default_cache_dir, extract
+from ovs3d_nerfstudio.features.teachers import Teachers, Windows
+
+
+@dataclass
+class TeachingConfig:
+    """How features are extracted, and the windows of the semantic losses."""
+
+    scales: tuple[float, ...] = (5.0, 7.0, 10.0)
+    """Patches along the shorter side of a picture, one number a scale of the CLIP pyramid (3D-OVS: 5, 7, 10)."""
+    clip_features: ClipFeatures = "patches"
+    """What a patch's embedding is: `patches`, that of its crop (3D-OVS); `dense`, the mean inside it of features that one
+    pass over the picture gives, which takes a hundredth of the time (encoders open_clip with a ViT, and offline)."""
+    feature_cache_dir: Path | None = None
+    """Folder of the feature cache; default: .ovs3d-cache in the data folder."""
+    num_windows: int = 8
+    """Windows drawn a step for FDA (3D-OVS: 8)."""
+    window_size: int = 32
+    """Side of a window in tokens (3D-OVS: 32)."""
+    rays_a_token: int = 1
+    """Rays along the side of a token of a window: more see a patch's average with less noise (3D-OVS: 1)."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {"num_windows": COUNT, "window_size": SIZE, "rays_a_token": SIZE}
+    """What each number may be."""
+
+
+class Teaching(DataManager):
+    """Stands before a datamanager of nerfstudio's in the order of bases, and says what the features teach about its pixels.
+
+    Pixels that a view's mask (`mask_path`) ignores teach nothing. Nothing is extracted before `extract_features` is called: a
+    viewer or a render never needs features, nor photos.
+    """
+
+    config: Any
+    """Of the datamanager, and a TeachingConfig."""
+    train_dataset: OVS3DDataset
+    train_dataparser_outputs: Any
+    device: Any
+    teachers: Teachers | None = None
+
+    def extract_features(self, image_text_encoder: ImageTextEncoder, token_encoder: TokenEncoder) -> CachedViews:
+        """The features of the training views, from the cache or made now."""
+        data = self.config.data or self.train_dataset.image_filenames[0].parent
+        return extract(
+            self.train_dataset.image_filenames,
+            image_text_encoder,
+            token_encoder,
+            self.config.scales,
+            self.config.feature_cache_dir or default_cache_dir(Path(data)),
+            CONSOLE,
+            self.config.clip_features,
+        )
+
+    def teach(self, views: CachedViews, basis: Basis) -> Teachers:
+        """Hold the features of `views` as coefficients of `basis` for the steps to come."""
+        files = self.train_dataparser_outputs.mask_filenames
+        masks = (get_image_mask_tensor_from_path(file)[..., 0] for file in files) if files else None
+        self.teachers = Teachers(views, basis, self.device, masks)
+        cameras = self.train_dataset.cameras
+        self._sizes = torch.cat([cameras.height, cameras.width], -1).cpu()
+        return self.teachers
+
+    def teachers_of(self, indices: Int[Tensor, "R 3"]) -> tuple[Float[Tensor, "R S K"], Float[Tensor, "R S 2 C"]]:
+        """What the pyramid says of pixels (view, row, column), one cell a scale, and the ranges of their views' similarities."""
+        assert self.teachers is not None, "teach() comes first"
+        indices = indices.cpu()
+        y, x = ((indices[:, 1:] + 0.5) / self._sizes[indices[:, 0]]).unbind(-1)
+        views = indices[:, 0].to(self.device, non_blocking=True)
+        return self.teachers.at(indices[:, 0], y, x), self.teachers.ranges[views]
+
+    def photos_in_memory(self) -> Mapping[int, Float[Tensor, "H W c"]]:
+        """The photos that need not be read for a step, by their views."""
+        return {}
+
+    def draw_windows(self, colors: bool = False) -> Windows | None:
+        """Windows for FDA and the patch loss, or None when no window is asked for. With `colors`, the photos' colours at their
+        rays too; then they lie in photos that are in memory, if some are."""
+        assert self.teachers is not None, "teach() comes first"
+        config = self.config
+        if config.num_windows == 0:
+            return None
+        photos = self.photos_in_memory() if colors else {}
+        windows = self.teachers.windows(
+            config.num_windows, config.window_size, self._sizes, None, config.rays_a_token, sorted(photos) or None
+        )
+        if colors:
+            colored = []
+            assert windows.pixels is not None, "they are drawn on the CPU"
+            for rays in windows.pixels.split(windows.side**2):
+                view = int(rays[0, 0])
+                photo = photos[view] if photos else self.train_dataset.get_image_float32(view)
+                colored.append(photo[rays[:, 1], rays[:, 2], :3])
+            windows.colors = torch.stack(colored).to(self.device, non_blocking=True)
+        return windows

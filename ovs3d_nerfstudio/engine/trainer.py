@@ -1,0 +1,196 @@
+"""The trainer: nerfstudio's own, started once for every device, on CPUs too.
+
+nerfstudio 1.1.5 spawns one process a device, but asserts CUDA in each. `ns-train` therefore spawns none for our methods:
+it trains "one process" as ever, and that one is `Processes`, which starts the others with nerfstudio's own training loop.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from copy import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import yaml
+from nerfstudio.configs.base_config import MachineConfig
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.utils import comms
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from ovs3d_nerfstudio.engine import ranks
+from ovs3d_nerfstudio.engine.anomaly import check_weights
+from ovs3d_nerfstudio.engine.checkpoints import checkpoints
+from ovs3d_nerfstudio.engine.saving import SavingTrainer
+from ovs3d_nerfstudio.engine.threads import busy_hint, let_sleep
+from ovs3d_nerfstudio.errors import CommandError, user_errors
+from ovs3d_nerfstudio.files import written_beside
+
+RENAMED = {"ovs3d-plus": "ovs3d"}
+"""Names that methods had in version 0.1."""
+GRACE = 5.0
+"""Seconds that a process whose partner died waits for the launcher, which knows how it died."""
+
+
+@dataclass
+class OVS3DTrainerConfig(TrainerConfig):
+    """nerfstudio's, for one device or several."""
+
+    _target: type = field(default_factory=lambda: OVS3DTrainer)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes up what a config.yml holds; a method that had another name once keeps its folder."""
+        self.__dict__.update(state)
+        if self.method_name in RENAMED:
+            self.folder_name, self.method_name = self.method_name, RENAMED[self.method_name]
+
+    def get_base_dir(self) -> Path:
+        """The run's folder."""
+        folder = super().get_base_dir()
+        return folder.parents[1] / self.__dict__.get("folder_name", folder.parent.name) / folder.name
+
+    def save_config(self) -> None:
+        """Saves the config, whole or not at all; then hides from nerfstudio's launcher, which reads it next, that there are several devices."""
+        datamanager: Any = self.pipeline.datamanager
+        # nerfstudio leaves a tensor here, which YAML could only hold as a call.
+        datamanager.pixel_sampler.is_equirectangular = bool(datamanager.pixel_sampler.is_equirectangular)
+        folder = self.get_base_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_beside(folder / "config.yml") as beside:
+            beside.write_text(yaml.dump(self), encoding="utf-8")
+        machine = self.machine
+        if machine.num_devices * machine.num_machines > 1 and ranks.count() == 1:  # not in the processes themselves
+            self.machine, self.real_machine = replace(machine, num_devices=1, num_machines=1), machine
+
+    def setup(self, **kwargs: Any) -> Any:
+        """A trainer, or what starts several of them."""
+        machine = self.__dict__.get("real_machine")
+        if machine is None:
+            return super().setup(**kwargs)
+        config = copy(self)
+        config.machine = machine
+        del config.real_machine
+        return Processes(config)
+
+
+class OVS3DTrainer(SavingTrainer):
+    """Only rank 0 evaluates, and weights that are not finite are not saved."""
+
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        """As nerfstudio's; says first what would make training on a CPU slow."""
+        hint = busy_hint(torch.get_num_threads()) if self.config.machine.device_type == "cpu" else None
+        if hint:
+            CONSOLE.print(hint, style="yellow")
+        super().setup(test_mode)
+
+    def eval_iteration(self, step: int) -> None:
+        if ranks.rank() == 0:
+            super().eval_iteration(step)
+
+    def save_checkpoint(self, step: int) -> None:
+        """Writes a checkpoint, on rank 0."""
+        with user_errors():
+            check_weights(self.pipeline.model, step)
+        super().save_checkpoint(step)
+
+
+class Processes:
+    """Stands where the trainer would, and trains in one process a device of this machine."""
+
+    def __init__(self, config: OVS3DTrainerConfig):
+        self.config = config
+
+    def setup(self) -> None:
+        with user_errors():
+            check_machine(self.config.machine)
+
+    def train(self) -> None:
+        """Returns when every process has trained; when one of them dies the others are stopped, with status 1."""
+        config, machine = self.config, self.config.machine
+        # The cores are divided, or the processes would take them from each other.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // machine.num_devices)))
+        let_sleep()
+        with TemporaryDirectory(prefix="ovs3d-") as folder, user_errors():
+            url = ranks.meeting_in(Path(folder)) if machine.dist_url == "auto" else machine.dist_url
+            processes = mp.spawn(_work, nprocs=machine.num_devices, join=False, args=(config, url))
+            assert processes is not None
+            try:
+                while not processes.join():
+                    pass
+            except mp.ProcessExitedException as error:
+                if error.signal_name is None:  # it has said itself why it stops
+                    raise SystemExit(1) from None
+                raise CommandError(
+                    f"Process {error.error_index} of {machine.num_devices} died ({error.signal_name}), so the others were "
+                    f"stopped; {_remedy(config.get_checkpoint_dir())}"
+                ) from None
+
+
+def _remedy(folder: Path) -> str:
+    if checkpoints(folder):
+        return f"train with --load-dir {folder} to go on from the last checkpoint."
+    return "start again: extracted features are kept."
+
+
+def check_machine(machine: MachineConfig) -> None:
+    """Raises CommandError when processes cannot be had as asked."""
+    devices = {"cuda": torch.cuda.device_count(), "mps": 1}.get(machine.device_type, machine.num_devices)
+    if machine.num_devices > devices:
+        raise CommandError(
+            f"--machine.num-devices {machine.num_devices} asks for more than the {devices} {machine.device_type} devices "
+            "here; ask for fewer, or give --machine.device-type cpu."
+        )
+    if machine.num_machines > 1 and machine.dist_url == "auto":
+        raise CommandError(
+            f"--machine.num-machines {machine.num_machines} needs a place to meet; give --machine.dist-url "
+            "tcp://HOST:PORT, the same on every machine, with HOST the one of --machine.machine-rank 0."
+        )
+    if machine.machine_rank >= machine.num_machines:
+        raise CommandError(
+            f"--machine.machine-rank {machine.machine_rank} is none of {machine.num_machines} machines; "
+            "they count from 0."
+        )
+
+
+def _work(local_rank: int, config: OVS3DTrainerConfig, url: str) -> None:
+    """One process: joins the others and trains as nerfstudio does."""
+    from nerfstudio.scripts.train import train_loop  # reads all methods, ours too
+
+    machine = config.machine
+    rank, count = machine.machine_rank * machine.num_devices + local_rank, machine.num_machines * machine.num_devices
+    if machine.device_type == "cuda":
+        torch.cuda.set_device(local_rank)
+    CONSOLE.quiet = rank > 0
+    ranks.join(url, rank, count, "nccl" if machine.device_type == "cuda" else "gloo")
+    for other in range(machine.num_machines):
+        on_it = list(range(other * machine.num_devices, (other + 1) * machine.num_devices))
+        group = dist.new_group(on_it)
+        if other == machine.machine_rank:
+            comms.LOCAL_PROCESS_GROUP = group  # type: ignore[assignment]
+    ranks.watch(_end_with)
+    try:
+        train_loop(local_rank, count, config, rank)
+    except RuntimeError:
+        # When a rank dies the others fail in their next exchange with it. They wait for the launcher to stop them, so that
+        # what it says of the one that died is the only message.
+        time.sleep(GRACE)
+        raise
+    ranks.leave()
+
+
+def _end_with(other: int) -> None:
+    """Ends this process, as rank `other` died: it may wait for it on the GPU, which nothing but its end interrupts."""
+    time.sleep(GRACE)  # on one machine the launcher stops us, and says more
+    CONSOLE.quiet = False
+    CONSOLE.print(
+        f"[bold red]Error:[/bold red] The process of rank {other} died or cannot be reached, so this one (rank "
+        f"{ranks.rank()}) stops; start all of them again with --load-dir to go on from the last checkpoint."
+    )
+    sys.stdout.flush()
+    os._exit(1)

@@ -1,0 +1,43 @@
+"""Files: written whole or not at all, named so that every file system takes the name, and never outside their folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def written_beside(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A path in the same folder, or in `folder`, that becomes `path` when the block ends well and is removed when it does
+    not."""
+    # Nobody can have put a link where no name can be foreseen.
+    beside = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON beside and renames; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def leads_out_of(path: Path, folder: Path) -> bool:
+    """Whether links take `path` to a place outside `folder`, wherever that itself may be linked from."""
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def mask_stem(class_name: str) -> str:
+    """The name of a class as a file can bear it: what file systems forbid (`/ \\ : * ? " < > |`) is `_`."""
+    return re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", unicodedata.normalize("NFC", class_name))

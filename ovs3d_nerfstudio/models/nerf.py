@@ -1,0 +1,189 @@
+"""The NeRF: nerfacto's colour and density, and where a ray's weight lies for the semantic field."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import psutil
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.model_components.scene_colliders import NearFarCollider
+from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
+from torch import Tensor
+
+from ovs3d_nerfstudio.data.capture import NERFACTO_NEAR, THIN_DENSITY
+from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SIZE, Range
+from ovs3d_nerfstudio.fields.compositing import top_samples
+from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
+from ovs3d_nerfstudio.fields.semantic_field import LInfContraction
+from ovs3d_nerfstudio.models.lpips import lpips_optional
+from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
+from ovs3d_nerfstudio.precision import single_precision
+
+
+@dataclass
+class OVS3DModelConfig(SemanticModelConfig, NerfactoModelConfig):
+    """Nerfacto with a semantic field."""
+
+    _target: type = field(default_factory=lambda: OVS3DModel)
+    implementation: Literal["auto", "tcnn", "torch"] = "auto"  # type: ignore[assignment]
+    """Hash grids and networks: tiny-cuda-nn, or torch with our own fast grid; auto takes tiny-cuda-nn when it imports."""
+
+    average_init_density: float | None = None  # type: ignore[assignment]
+    """Density at the start. Default: by the capture (see `capture`), 0.3 from the front, about 1 all around."""
+    near_plane: float | None = None  # type: ignore[assignment]
+    """Where rays begin. Default: by the capture, nerfacto's 0.05 from the front, 0.4 of the way to the subject all around."""
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **SemanticModelConfig.RANGES,
+        "eval_num_rays_per_chunk": SIZE,
+        "average_init_density": POSITIVE,
+        "near_plane": COUNT,
+    }
+
+
+class OVS3DModel(SemanticModel, NerfactoModel):
+    """Nerfacto with a semantic field, rendered with nerfacto's own weights."""
+
+    config: OVS3DModelConfig
+
+    def populate_modules(self) -> None:
+        config = self.config
+        if config.implementation == "auto":
+            config.implementation = "tcnn" if tcnn_imports() else "torch"
+        self._choose_start()
+        with lpips_optional():
+            super().populate_modules()  # type: ignore[no-untyped-call]
+        # nerfstudio renders from the lens on, but what lies before the near plane was never trained.
+        if isinstance(self.collider, NearFarCollider):
+            self.collider.reset_near_plane = False
+        if not config.disable_scene_contraction:
+            for part in (self.field, *self.proposal_networks):
+                part.spatial_distortion = LInfContraction()
+        self.populate_semantics(self.field.spatial_distortion, config.implementation)
+        if config.implementation == "torch":
+            use_fast_hash_grids(self)
+            needed = config.predict_normals or config.camera_optimizer.mode != "off"
+            for module in self.modules():
+                if isinstance(module, FastHashEncoding):
+                    module.position_gradients = needed
+        # Corrected in half precision, rays of a 4K photo would miss their pixels by one.
+        correct = self.camera_optimizer.apply_to_raybundle
+        self.camera_optimizer.apply_to_raybundle = single_precision()(correct)  # type: ignore[method-assign]
+        # Nerfacto keeps the samples and weights of its last pass to itself at test time.
+        self.renderer_expected_depth.register_forward_pre_hook(
+            lambda _module, _args, kwargs: setattr(self._call, "last_pass", kwargs), with_kwargs=True
+        )
+
+    def _choose_start(self) -> None:
+        """Sets what the config leaves to the capture."""
+        config = self.config
+        capture = self.kwargs["metadata"].get("capture")  # none where no datamanager of ours made the model
+        density, near = capture.start() if capture is not None else (THIN_DENSITY, NERFACTO_NEAR)
+        config.average_init_density = density if config.average_init_density is None else config.average_init_density
+        config.near_plane = near if config.near_plane is None else config.near_plane
+
+    def step_state(self) -> Any:
+        return self.proposal_sampler._step, self.proposal_sampler._steps_since_update
+
+    def load_step_state(self, state: Any) -> None:
+        self.proposal_sampler._step, self.proposal_sampler._steps_since_update = state
+
+    def forward(
+        self,
+        ray_bundle: RayBundle,
+        semantics: bool = True,
+        window_rays: RayBundle | None = None,
+        batch: dict | None = None,
+    ):
+        """Outputs of `ray_bundle`; with `window_rays`, their Semantics too, as `window_semantics`.
+
+        With a `batch` to learn from: the outputs, the losses and the metrics.
+        """
+        self.batches += self.training
+        self._call.semantics = semantics and self.segmenter.ready
+        self._call.window_rays = window_rays
+        outputs = super().forward(ray_bundle)
+        if batch is None:
+            return outputs
+        metrics = self.get_metrics_dict(outputs, batch)
+        return outputs, self.get_loss_dict(outputs, batch, metrics), metrics
+
+    def get_features(self, ray_bundle: RayBundle) -> dict:
+        """As `forward` in evaluation, with features in place of pictures (see `shown`)."""
+        with self.features_wanted():
+            return self(ray_bundle)
+
+    @torch.no_grad()
+    def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict:
+        """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short."""
+        chunk = min(self.config.eval_num_rays_per_chunk, rays_that_fit(self.config, free_memory(self.device)))
+        device, parts = camera_ray_bundle.directions.device, defaultdict(list)
+        for start in range(0, len(camera_ray_bundle), chunk):
+            rays = camera_ray_bundle.get_row_major_sliced_ray_bundle(start, start + chunk).to(self.device)
+            for name, output in self.forward(rays).items():
+                if isinstance(output, Tensor):
+                    parts[name].append(output.to(device))
+        return {name: torch.cat(outputs).view(*camera_ray_bundle.shape, -1) for name, outputs in parts.items()}
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict:
+        call = self._call
+        outputs = super().get_outputs(ray_bundle)
+        samples = call.__dict__.pop("last_pass")
+        if not call.semantics:
+            return outputs
+        positions, weights = self._heaviest(samples["ray_samples"], samples["weights"])
+        if not self.training:
+            return outputs | self.shown(self.composited(positions, weights), outputs["rgb"])
+        if call.window_rays is None:
+            return outputs | {"semantics": self.composited(positions, weights)}
+        # One call of the semantic field for both: the gradient of its table is made once. The windows come second, as the
+        # proposal sampler trains its networks on the first rays of a step.
+        rays = len(positions)
+        window_positions, window_weights = self._heaviest_of_windows(call.window_rays)
+        semantics = self.composited(torch.cat([positions, window_positions]), torch.cat([weights, window_weights]))
+        return outputs | {"semantics": semantics[:rays], "window_semantics": semantics[rays:]}
+
+    def _heaviest(
+        self, samples: RaySamples, weights: Float[Tensor, "*R n 1"]
+    ) -> tuple[Float[Tensor, "*R k 3"], Float[Tensor, "*R k 1"]]:
+        """Positions and weights of the samples at which semantics are looked up."""
+        if self.config.detach_density:
+            weights = weights.detach()
+        return top_samples(samples.frustums.get_positions().detach(), weights, self.config.semantic_samples)
+
+    def _heaviest_of_windows(self, rays: RayBundle) -> tuple[Float[Tensor, "n k 3"], Float[Tensor, "n k 1"]]:
+        """As `_heaviest`, of rays that carry no colour: density only, and without gradients when it is detached."""
+        if self.collider is not None:
+            rays = self.collider(rays)
+        with torch.set_grad_enabled(not self.config.detach_density):
+            samples, _, _ = self.proposal_sampler(rays, density_fns=self.density_fns)
+            density, _ = self.field.get_density(samples)
+            return self._heaviest(samples, samples.get_weights(density))
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can still be had on a device: of the GPU, else of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return psutil.virtual_memory().available
+
+
+def rays_that_fit(config: OVS3DModelConfig, free: int) -> int:
+    """Rays whose rendering takes at most half of `free` bytes: a power of two, 256 at least."""
+    light, heavy = 256, 1024  # bytes of a proposal sample; of one with colour or semantics
+    samples = config.num_nerf_samples_per_ray + config.semantic_samples
+    per_ray = light * sum(config.num_proposal_samples_per_ray) + heavy * samples
+    return 1 << max(8, int(math.log2(max(1, free / 2 / per_ray))))
+
+
+def tcnn_imports() -> bool:
+    """Whether tiny-cuda-nn is installed and works here."""
+    from nerfstudio.utils.external import TCNN_EXISTS
+
+    return bool(TCNN_EXISTS) and torch.cuda.is_available()

@@ -1,0 +1,148 @@
+"""What a person looks at: pictures of a view by name, each made only when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ovs3d_nerfstudio.prompts.palette import colorize
+from ovs3d_nerfstudio.prompts.segmentation import Segmenter, spread_of, stretched
+
+RAYS_AT_ONCE = 1 << 16
+"""Rays whose similarities with all prompts are held at a time: 26 MB for 100 prompts, whatever the picture's size."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How a question is answered."""
+
+    mode: Literal["argmax", "threshold"] = "argmax"
+    """argmax: each ray belongs to the prompt that fits best. threshold: to the most probable of those prompts that beat
+    every negative with the probability `threshold`, or to none."""
+    threshold: float = 0.5
+    """Least probability of a prompt against the negatives, in mode `threshold`."""
+    temperature: float = 1.0
+    """Temperature τ of probabilities, in units of the spread over the scene of what classes are compared by."""
+    opacity: float = 0.6
+    """Opacity of the segmentation over the photo in `segmentation_overlay`."""
+    normalise: bool = True
+    """Whether a relevancy map is the similarity stretched by its range over the scene, or the prompt's probability."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Prompts and how they are answered."""
+
+    segmenter: Segmenter
+    """Knows the prompts. Where others may ask it something else meanwhile, a copy."""
+    answering: Answering = Answering()
+    negatives: Float[Tensor, "N D"] | None = None
+    """Embeddings of what everything else is called, needed in mode `threshold`."""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the relevancy maps, one a prompt."""
+        return tuple(self.segmenter.output_names())
+
+    @cached_property
+    def text(self) -> Float[Tensor, "K C"]:
+        return self.segmenter.project(self.segmenter.text)
+
+    @cached_property
+    def others(self) -> Float[Tensor, "K N"]:
+        return self.text[:, :0] if self.negatives is None else self.segmenter.project(self.negatives)
+
+    @cached_property
+    def temperature(self) -> float:
+        """τ, by the spread of what it divides: the prompts' scores, or similarities with prompts and negatives together."""
+        sample = self.segmenter.sample
+        if self.answering.mode == "argmax":
+            return self.answering.temperature * float(spread_of(self.scores(sample)))
+        return self.answering.temperature * float(spread_of(sample @ torch.cat([self.text, self.others], 1)))
+
+    def scores(self, directions: Float[Tensor, "n K"]) -> Float[Tensor, "n C"]:
+        """What the argmax over prompts is taken of."""
+        return self.segmenter.class_scores(directions @ self.text)
+
+    def probabilities(self, directions: Float[Tensor, "n K"]) -> Float[Tensor, "n C"]:
+        """Mode `argmax`: p = softmax(z / τ) over the prompts (3D-OVS §3.2). Mode `threshold`: each prompt against the
+        negative that fits best, p_c = σ((z_c − max_n z_n) / τ), which is LERF's relevancy score (its eq. 1)."""
+        if self.answering.mode == "argmax":
+            return (self.scores(directions) / self.temperature).softmax(-1)
+        best = (directions @ self.others).amax(-1, keepdim=True)
+        return ((directions @ self.text - best) / self.temperature).sigmoid()
+
+    def labels(self, directions: Float[Tensor, "n K"]) -> Int[Tensor, " n"]:
+        """The prompt each ray belongs to, −1 for none."""
+        if self.answering.mode == "argmax":
+            return self.scores(directions).argmax(-1)
+        chances, labels = self.probabilities(directions).max(-1)
+        return torch.where(chances >= self.answering.threshold, labels, -1)
+
+    def relevancy(self, directions: Float[Tensor, "n K"], index: int) -> Float[Tensor, "n 1"]:
+        """The relevancy map of one prompt, in [0, 1]."""
+        one = slice(index, index + 1)
+        if not self.answering.normalise:
+            return self.probabilities(directions)[:, one]
+        return stretched(directions @ self.text[:, one], *self.segmenter.range[:, one]).clamp(0, 1)
+
+
+class Answers(Mapping[str, Tensor]):
+    """`segmentation`, `segmentation_overlay`, a relevancy map for each prompt, `scale` and `features_pca` of some rays:
+    three channels in [0, 1], or one.
+
+    Names hold no "rgb" and no picture has 2 or more than 3 channels: nerfstudio's viewer and renders would trip.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        directions: Float[Tensor, "*R K"],
+        scales: Float[Tensor, "*R S"],
+        rgb: Float[Tensor, "*R 3"],
+    ):
+        """`directions` are the rays' coefficients, normalised."""
+        self.question, self.scales, self.rgb = question, scales, rgb
+        self._directions = directions
+
+    @cached_property
+    def labels(self) -> Int[Tensor, "*R"]:
+        """The prompt each ray belongs to, −1 for none."""
+        return self._each(self.question.labels).view(self.rgb.shape[:-1])
+
+    def __iter__(self) -> Iterator[str]:
+        if self.question.names:
+            yield from ("segmentation", "segmentation_overlay", *self.question.names)
+        yield from ("scale", "features_pca")
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        question = self.question
+        if name == "features_pca":
+            return self._each(question.segmenter.pca_colors).view(*self.rgb.shape[:-1], 3)
+        if name == "scale":
+            steps = torch.arange(self.scales.shape[-1], device=self.scales.device) / max(1, self.scales.shape[-1] - 1)
+            return (self.scales * steps).sum(-1, keepdim=True)
+        if name in question.names:
+            index = question.names.index(name)
+            relevancy = self._each(lambda directions: question.relevancy(directions, index))
+            return relevancy.view(*self.rgb.shape[:-1], 1)
+        if not question.names or name not in ("segmentation", "segmentation_overlay"):
+            raise KeyError(name)
+        colors = colorize(self.labels, question.segmenter.colors)
+        if name == "segmentation":
+            return colors
+        opacity = question.answering.opacity * (self.labels >= 0)[..., None]
+        return torch.lerp(self.rgb, colors, opacity)
+
+    def _each(self, answer: Callable[[Tensor], Tensor]) -> Tensor:
+        rays = self._directions.reshape(-1, self._directions.shape[-1])
+        return torch.cat([answer(part) for part in rays.split(RAYS_AT_ONCE)])

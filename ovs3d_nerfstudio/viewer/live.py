@@ -1,0 +1,325 @@
+"""Prompts that are edited while a viewer looks: a question beside the trained one, and rendered features that outlive it.
+
+Nothing here touches the model's own segmenter, so training, checkpoints and evaluation know nothing of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.model_components import renderers
+from torch import Tensor
+
+from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question
+from ovs3d_nerfstudio.prompts.embedding import Embedder
+from ovs3d_nerfstudio.prompts.prompts import PromptError, parse_prompts, prompt_key
+from ovs3d_nerfstudio.prompts.segmentation import Segmenter
+
+NEGATIVES = "object; things; stuff; texture"
+"""What everything else is called by default: LERF's canonical phrases (Kerr et al., 2023, §4.4)."""
+KEPT_BYTES = 1 << 30
+"""Rendered features that are kept beside the newest."""
+
+
+class LivePrompts:
+    """What the viewer asks: prompts, negatives and how they are answered, edited by any thread, one edit at a time.
+
+    A `Question` is replaced as a whole, so whoever reads `question` sees one moment, and nobody waits for an edit.
+    """
+
+    def __init__(self, model: OVS3DModel):
+        self.model = model
+        self.prompts: list[str] | None = None
+        """The prompts asked for; None for the trained ones, whatever they are by then."""
+        self.negatives: list[str] = parse_prompts(NEGATIVES)
+        self.answering = Answering(opacity=model.config.overlay_opacity)
+        self.question: Question | None = None
+        """None while the run has seen no features."""
+        self.trained = Segmenter()
+        """What the run knew when it was last looked at; a copy."""
+        self._seen: Tensor | None = None
+        self._embed = Embedder(model.device)
+        self._edit = threading.Lock()
+        self._swap = threading.Lock()
+
+    @property
+    def asked(self) -> list[str]:
+        """The prompts that are answered now."""
+        return self.question.segmenter.prompts if self.question is not None else []
+
+    def follow_training(self) -> bool:
+        """Ask what was asked of what the run knows by now; returns whether that has changed.
+
+        Called where the model stands still: before a view is rendered.
+        """
+        segmenter = self.model.segmenter
+        if not segmenter.ready or segmenter.colors is self._seen:
+            return False
+        trained = copy.deepcopy(segmenter)
+        with self._swap:
+            self.trained = trained
+            asking, negatives = trained, None
+            if self.question is not None:
+                negatives = self.question.negatives
+                if self.prompts is not None:
+                    asking = _asking(trained, self.prompts, self.question.segmenter.text)
+            self.question = Question(asking, self.answering, negatives)
+        self._seen = segmenter.colors  # last: nerfstudio may interrupt a render at any line
+        return True
+
+    def ask(
+        self, prompts: Sequence[str] | None = None, negatives: Sequence[str] | None = None, **answering: Any
+    ) -> float:
+        """Swap the question for one with other prompts, negatives or fields of `Answering`; what is not given stays.
+
+        Returns the seconds that embedding took, once the encoder was loaded. Training and renders go on meanwhile.
+
+        Raises:
+            PromptError: the run has no features yet.
+            EncoderError: a prompt cannot be embedded; everything stays as it was.
+        """
+        with self._edit:
+            return self._change(self.prompts if prompts is None else list(prompts), negatives, answering)
+
+    def reset(self) -> None:
+        """Ask for the trained prompts again."""
+        with self._edit:
+            self._change(None, None, {})
+
+    def add(self, text: str) -> float:
+        """As `ask`, with the prompts in `text` behind those asked now. Raises PromptError too when there are none."""
+        with self._edit:
+            return self._change(parse_prompts("; ".join([*self.asked, *parse_prompts(text)])), None, {})
+
+    def remove(self, text: str) -> None:
+        """As `ask`, without the prompts in `text`. Raises PromptError when one is not asked for, or none would stay."""
+        with self._edit:
+            asked = {prompt_key(prompt): prompt for prompt in self.asked}
+            for prompt in parse_prompts(text):
+                if asked.pop(prompt_key(prompt), None) is None:
+                    raise PromptError(f"'{prompt}' is not among the prompts; nothing was removed.")
+            if not asked:
+                raise PromptError("The last prompt stays; ask for others, or go back to the trained ones.")
+            self._change(list(asked.values()), None, {})
+
+    def _change(self, prompts: list[str] | None, negatives: Sequence[str] | None, changes: dict) -> float:
+        answering = replace(self.answering, **changes)
+        others = self.negatives if negatives is None else list(negatives)
+        before = self._embed.seconds
+        while True:
+            trained = self.trained
+            if not trained.ready:
+                raise PromptError("The run has seen no features yet; ask again once training has begun.")
+            asking = trained if prompts is None else _asking(trained, prompts, self._embed(trained, prompts))
+            other = self._embed(trained, others) if answering.mode == "threshold" else None
+            question = Question(asking, answering, other)
+            with self._swap:
+                if trained is self.trained:  # else training has gone on to other features, and the question is stale
+                    self.prompts, self.negatives, self.answering, self.question = prompts, others, answering, question
+                    return self._embed.seconds - before
+
+
+def _asking(trained: Segmenter, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> Segmenter:
+    segmenter = copy.deepcopy(trained)
+    segmenter.ask(prompts, text)
+    return segmenter
+
+
+class LiveOutputs(MutableMapping[str, Tensor]):
+    """Outputs of a view as nerfstudio's viewer takes them: nerfacto's, and pictures of whatever is asked when it looks."""
+
+    def __init__(self, rendered: dict[str, Tensor], live: LivePrompts):
+        self._live = live
+        self._own = {name: output for name, output in rendered.items() if name not in ("directions", "scales")}
+        self._rendered = rendered
+        self._answers: Answers | None = None
+        self._last: tuple[str, Tensor] | None = None
+        self._lock = threading.Lock()
+
+    def answers(self) -> Answers | None:
+        """The pictures of the question as it stands; None while there are no features."""
+        question, rendered = self._live.question, self._rendered
+        if question is None or "directions" not in rendered:
+            return None
+        if self._answers is None or self._answers.question is not question:
+            self._answers, self._last = (
+                Answers(question, *(rendered[n] for n in ("directions", "scales", "rgb"))),
+                None,
+            )
+        return self._answers
+
+    def shares(self) -> list[float]:
+        """The share of the view that belongs to each prompt."""
+        with self._lock:
+            answers = self.answers()
+            if answers is None:
+                return []
+            counts = torch.bincount(answers.labels.flatten() + 1, minlength=len(answers.question.names) + 1)
+            return (counts[1:] / counts.sum()).tolist()
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self._lock:
+            if name in self._own:
+                return self._own[name]
+            answers = self.answers()
+            if answers is None:
+                return self._own["rgb"]
+            if name not in answers:  # chosen a moment ago, and gone with its prompt
+                name = still_there(name, list(answers))
+            # nerfstudio looks three times at the picture it shows.
+            if self._last is None or self._last[0] != name:
+                self._last = name, answers[name]
+            return self._last[1]
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)  # not Mapping's, which asks `__getitem__`, and that always has something to show
+
+    def __setitem__(self, name: str, output: Tensor) -> None:
+        self._own[name] = output
+
+    def __delitem__(self, name: str) -> None:
+        del self._own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter([*self._own, *(self.answers() or ())])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def still_there(chosen: str, names: Sequence[str]) -> str:
+    """The output that stands in for `chosen` among `names`: itself if it can."""
+    return next(name for name in (chosen, "segmentation", *names) if name in names)
+
+
+class FeatureCache:
+    """Rendered features of the last views. Those of older weights are dropped."""
+
+    def __init__(self, kept_bytes: int = KEPT_BYTES):
+        self.kept_bytes = kept_bytes
+        self._views: OrderedDict[Hashable, dict[str, Tensor]] = OrderedDict()
+        self._weights: Hashable = None
+        self._lock = threading.Lock()
+
+    def get(self, weights: Hashable, view: Hashable, render: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The features of `view`, rendered if they are not there."""
+        with self._lock:
+            if weights != self._weights:
+                self._views.clear()
+                self._weights = weights
+            if view in self._views:
+                self._views.move_to_end(view)
+                return self._views[view]
+        rendered = render()
+        with self._lock:
+            if weights == self._weights:
+                self._views[view] = rendered
+                while len(self._views) > 1 and sum(map(_bytes, self._views.values())) > self.kept_bytes:
+                    self._views.popitem(last=False)
+        return rendered
+
+
+def _bytes(rendered: dict[str, Tensor]) -> int:
+    return sum(output.nbytes for output in rendered.values())
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a click found."""
+
+    prompts: list[str]
+    chances: list[float]
+    """Probability of each prompt (see `Question.probabilities`)."""
+    winner: int
+    """Index of the prompt that the point belongs to, −1 for none."""
+    position: tuple[float, float, float]
+    """In the coordinates of the viewer's scene."""
+
+
+class LiveModel:
+    """The model as a viewer sees it: its own in everything, but views are answered by the live prompts."""
+
+    def __init__(
+        self,
+        live: LivePrompts,
+        lock: AbstractContextManager,
+        on_view: Callable[[LiveOutputs], None] = lambda _: None,
+    ):
+        """`lock` is held by whoever trains or renders; `on_view` is called with each view looked at, and must be quick."""
+        self._model, self._live, self._lock, self._on_view = live.model, live, lock, on_view
+        self._cache = FeatureCache()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> LiveOutputs:
+        """The outputs of a view; rendered only if the view or the weights are not those of a moment ago."""
+        model = self._model
+        self._live.follow_training()
+        # torch counts the writes into a parameter, though not those of fused optimizers, which `batches` tells of.
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+        rendered = self._cache.get(
+            (weights, model.batches, model.segmenter.ready),
+            _view_key(camera, obb_box),
+            lambda: model.get_features_for_camera(camera, obb_box),
+        )
+        outputs = LiveOutputs(rendered, self._live)
+        self._on_view(outputs)
+        return outputs
+
+    @torch.no_grad()
+    def point(self, origin: Sequence[float], direction: Sequence[float]) -> Point | None:
+        """What a ray (in the coordinates of the viewer's scene) hits; None while there are no features."""
+        model, question, ray = self._model, self._live.question, _ray(origin, direction)
+        with self._lock:
+            training = model.training
+            try:
+                model.eval()
+                outputs = model.get_features(ray.to(model.device))
+            finally:
+                model.train(training)
+        if question is None or "directions" not in outputs:
+            return None
+        directions = outputs["directions"]
+        position = ray.origins[0] + outputs["depth"][0].cpu() * ray.directions[0]
+        x, y, z = position.tolist()
+        return Point(
+            question.segmenter.prompts,
+            question.probabilities(directions)[0].tolist(),
+            int(question.labels(directions)[0]),
+            (x, y, z),
+        )
+
+
+def _ray(origin: Sequence[float], direction: Sequence[float]) -> RayBundle:
+    directions = torch.nn.functional.normalize(torch.tensor([list(direction)], dtype=torch.float32), dim=-1)
+    return RayBundle(
+        origins=torch.tensor([list(origin)], dtype=torch.float32),
+        directions=directions,
+        pixel_area=torch.full((1, 1), 1e-6),
+        camera_indices=torch.zeros(1, 1, dtype=torch.long),
+    )
+
+
+def _view_key(camera: Cameras, box: OrientedBox | None) -> Hashable:
+    """Equal for views that look the same with equal weights."""
+    values = [camera.camera_to_worlds, camera.fx, camera.fy, camera.cx, camera.cy, camera.width, camera.height]
+    values += [camera.camera_type, *(v for v in (camera.distortion_params, camera.times) if v is not None)]
+    if box is not None:
+        values += [box.R, box.T, box.S]
+        if isinstance(renderers.BACKGROUND_COLOR_OVERRIDE, Tensor):
+            values.append(renderers.BACKGROUND_COLOR_OVERRIDE)
+    return tuple(tuple(value.flatten().tolist()) for value in values)

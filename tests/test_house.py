@@ -1,0 +1,108 @@
+"""The package is a house: no import goes up, and none goes round (docs/architecture.md draws it)."""
+
+import ast
+from pathlib import Path
+
+import ovs3d_nerfstudio
+
+ROOT = Path(ovs3d_nerfstudio.__file__).parent
+NAME = ROOT.name
+FLOORS = (
+    ("cli",),
+    ("demo",),
+    ("configs",),
+    ("evaluation.splits",),
+    ("pipeline",),
+    ("evaluation",),
+    ("viewer",),
+    ("models",),
+    ("data",),
+    ("losses",),
+    ("features",),
+    ("prompts",),
+    ("engine",),
+    ("encoders",),
+    ("fields", "gaussians"),
+    ("memory", "compiled", "pictures", "precision", "files"),
+    ("errors",),
+    ("",),
+)
+"""Top to bottom; a module stands where the longest name that begins its own does. The package itself is the ground."""
+
+
+def modules() -> dict[str, ast.Module]:
+    """All modules by their names below the package, a package as itself."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def imports(tree: ast.Module, known: set[str]) -> set[str]:
+    """The modules of ours that a module imports, anywhere in it and for types alone too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            # What is imported may be a module itself, or a name of one.
+            names = [
+                f"{node.module}.{alias.name}"
+                if f"{node.module}.{alias.name}".removeprefix(f"{NAME}.") in known
+                else node.module
+                for alias in node.names
+            ]
+        else:
+            continue
+        found |= {name.partition(".")[2] for name in names if name.partition(".")[0] == NAME}
+    return found
+
+
+def floor(module: str) -> int:
+    """How far from the top."""
+    rooms = [(len(room), level) for level, floor in enumerate(FLOORS) for room in floor if _in(module, room)]
+    assert rooms, f"{module} stands on no floor"
+    return max(rooms)[1]
+
+
+def _in(module: str, room: str) -> bool:
+    return module == room or (room and module.startswith(f"{room}.")) or (room == "" and module == "")
+
+
+TREES = modules()
+ARROWS = {name: imports(tree, set(TREES)) for name, tree in TREES.items()}
+
+
+def test_every_import_is_of_a_module_that_is_there():
+    assert len(TREES) > 60 and sum(map(len, ARROWS.values())) > 200
+    assert {target for targets in ARROWS.values() for target in targets} <= set(TREES)
+
+
+def test_no_import_goes_up():
+    rising = [
+        f"{name} → {target}" for name, targets in ARROWS.items() for target in targets if floor(target) < floor(name)
+    ]
+    assert not rising
+
+
+def test_no_import_goes_round():
+    left = {name: set(targets) for name, targets in ARROWS.items()}
+    while free := [name for name, targets in left.items() if not targets & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+def test_what_a_user_can_mend_is_one_class():
+    """Every error of ours derives from UserError where it is raised, and nothing lists them."""
+    bases = {
+        node.name: [ast.unparse(base) for base in node.bases]
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error")
+    }
+    assert bases.pop("UserError") == ["Exception"] and len(bases) >= 10
+    assert set(map(tuple, bases.values())) == {("UserError",)}
+    assert not ARROWS["errors"]
