@@ -27,10 +27,10 @@ METHODS = sorted(
     if method.value.startswith("ovs3d_nerfstudio.")
 )
 
-WAITS = {"ovs3d": 10, "ovs3d-lite": 10, "ovs3d-plus": 10}
+WAITS = {"ovs3d": 8, "ovs3d-lite": 8, "ovs3d-paper": 8}
 """How often a late step of a method may wait for the device in our own lines. Each wait leaves a GPU without work."""
-NERFSTUDIO_WAITS = 50
-"""The same for nerfstudio's lines, of which most draw rays. Some depend on how we call them."""
+NERFSTUDIO_WAITS = 38
+"""The same for nerfstudio's lines, of which most make rays of pixels."""
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,9 @@ That needs no GPU: launches are recorded instead of made, and compiled for one a
 
 import copy
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.scene_box import SceneBox
 from torch import Tensor
 
-from ovs3d_nerfstudio.hash_grid import FastHashEncoding
+import ovs3d_nerfstudio
+from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
@@ -22,9 +25,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from ovs3d_nerfstudio import hash_grid_triton  # noqa: E402
+from ovs3d_nerfstudio.fields import hash_grid_triton  # noqa: E402
 
-MODULES = (hash_grid_triton,)
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 """Turing, Ampere, Ampere and Ada of consumers, Hopper, Blackwell, Blackwell of consumers."""
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64"}
@@ -112,8 +114,11 @@ def launch(points: int, rows: int, features: int, levels: int, dtype: torch.dtyp
     hash_grid_triton.position_gradient(positions, table, scalings, gradient)
 
 
-def test_every_kernel_is_launched(launches):
-    kernels = {kernel for module in MODULES for kernel in vars(module).values() if isinstance(kernel, JITFunction)}
+def test_every_kernel_of_the_package_is_launched(launches):
+    root = Path(ovs3d_nerfstudio.__file__).parent
+    names = [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in root.rglob("*_triton.py")]
+    members = [member for name in names for member in vars(import_module(name)).values()]
+    kernels = {member for member in members if isinstance(member, JITFunction)}
     called = {name for kernel in kernels for name in kernel.fn.__code__.co_names}  # by other kernels
     assert {kernel for kernel in kernels if kernel.__name__ not in called} == {launch.kernel for launch in launches}
 

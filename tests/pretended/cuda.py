@@ -17,7 +17,7 @@ DEVICES_COUNTED = 127
 """torch's autograd asks for more indices than there are devices, and ends the process at one that it does not know."""
 MEMORY_FREE, MEMORY = 6 << 30, 8 << 30
 """Bytes; a small GPU's."""
-HASH_GRID, HASH_GRID_TRITON = "ovs3d_nerfstudio.hash_grid", "ovs3d_nerfstudio.hash_grid_triton"
+HASH_GRID = "ovs3d_nerfstudio.fields.hash_grid"
 
 
 def pretend() -> None:
@@ -64,7 +64,7 @@ def _answer_for_the_device() -> None:
 def _replace_hash_grid_kernels() -> None:
     """The Triton kernels' work is done by the CPU's, which promise the same; what they ask of their arguments is checked."""
     cpu = importlib.import_module(HASH_GRID)._backend(torch.device("cpu"))
-    triton_kernels = importlib.import_module(HASH_GRID_TRITON)
+    triton_kernels = importlib.import_module(f"{HASH_GRID}_triton")
 
     def stand_in(name: str):
         compute = getattr(cpu, name)

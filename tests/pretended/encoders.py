@@ -26,10 +26,10 @@ def main(weights: Path, folder: Path, pictures: list[Path]) -> None:
     import open_clip
     from nerfstudio.utils.rich_utils import CONSOLE
 
-    from ovs3d_nerfstudio.embedding import Embedder
     from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
     from ovs3d_nerfstudio.features.extraction import extract
-    from ovs3d_nerfstudio.segmentation import Segmenter
+    from ovs3d_nerfstudio.prompts.embedding import Embedder
+    from ovs3d_nerfstudio.prompts.segmentation import Segmenter
 
     open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"] = TINY_CLIP
     clip, dino = specs(weights).values()

@@ -10,6 +10,7 @@ import torch
 from pretended.cuda import pretend
 from pretended.tensors import DEVICE, PretendedDevice
 from pretended.waits import WAITS
+from pretended.watch import Watch
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
         trains()
         counts_waits()
         saves()
+        is_watched()
 
 
 def refuses_two_devices() -> None:
@@ -92,6 +94,24 @@ def saves() -> None:
     file.seek(0)
     read = torch.load(file, map_location="cpu", weights_only=True)["values"]
     assert read.device.type == "cpu" and read.equal(values.cpu())
+
+
+def is_watched() -> None:
+    """Each kind of fault is seen, and what is in order is none."""
+    layer, watch = torch.nn.BatchNorm1d(3).cuda(), Watch()
+    watch.state(layer)
+    watch.numbers("fine", {"a": torch.rand(3, device="cuda"), "b": 1.0})
+    watch.end()
+    faults = {
+        "half": lambda: watch.state(torch.nn.Linear(3, 3).cuda().half()),
+        "a buffer left behind": lambda: watch.state(torch.nn.BatchNorm1d(3, affine=False)),
+        "not a number": lambda: watch.numbers("loss", {"a": [torch.full((2,), torch.nan, device="cuda")]}),
+        "infinite": lambda: watch.numbers("figure", [float("inf")]),
+        "on the CPU": lambda: watch.numbers("output", torch.rand(3)),
+    }
+    for work in faults.values():
+        work()
+        refused(watch.end, AssertionError)
 
 
 def refused(work: Callable, error: type[Exception]) -> None:

@@ -151,7 +151,7 @@ class Method:
 
     def live(self) -> None:
         """What a viewer does while somebody edits prompts, moves the threshold and clicks."""
-        from ovs3d_nerfstudio.live import LiveModel, LivePrompts
+        from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
         pipeline = self.opened()
         live = LivePrompts(pipeline.model)
