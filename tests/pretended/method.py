@@ -1,7 +1,7 @@
 """One method on the pretended GPU, from its first step to its last question: `python -m pretended.method METHOD SCENES FOLDER`.
 
-SCENES holds two scenes, one with masks of what to ignore; `report.json` is left in FOLDER. What our package offers is imported
-in the functions that ask it: on the way there, torch has to be told of the GPU.
+SCENES holds two scenes, one with masks of what to ignore; `report.json` is left in FOLDER. nerfstudio and our
+package are imported in functions: once torch believes in the GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pretended.cuda import pretend
 from pretended.small import STEPS, losses_of, run_folder, small
+from pretended.tensors import PretendedDevice
+from pretended.waits import WAITS
+from pretended.watch import Watch
 
 PLAIN, MASKED = "scene", "masked"
 """The scenes' folders."""
@@ -34,11 +40,7 @@ class Method:
     folder: Path
     waits: list[list] = field(default_factory=list)
     """Of the last step: number, package, kind, lines."""
-
-    def __post_init__(self) -> None:
-        from pretended.watch import Watch
-
-        self.watch = Watch()
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def out(self) -> Path:
@@ -54,10 +56,6 @@ class Method:
 
     def train(self, variant: str, scene: str, mixed: bool, load_dir: Path | None = None) -> None:
         """What `ns-train` does, with an evaluation of a batch and a picture, and checkpoints."""
-        import torch
-
-        from pretended.waits import WAITS
-
         config = small(self.name, self.scenes / scene, self.out, variant, mixed, load_dir)
         config.max_num_iterations += 2 * (load_dir is not None)
         torch.manual_seed(0)
@@ -198,12 +196,8 @@ STAGES: dict[str, Callable[[Method], None]] = {
 
 
 def main(name: str, scenes: Path, folder: Path) -> None:
-    from pretended.cuda import pretend
-
     pretend()
     from nerfstudio.models.base_model import Model
-
-    from pretended.tensors import PretendedDevice
 
     method = Method(name, scenes, folder)
     method.watch.results_of(Model, "get_outputs_for_camera", lambda outputs: method.watch.numbers("picture", outputs))
