@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import psutil
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle, RaySamples
@@ -21,9 +19,11 @@ from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SIZE, Range
 from ovs3d_nerfstudio.fields.compositing import top_samples
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
 from ovs3d_nerfstudio.fields.semantic_field import LInfContraction
+from ovs3d_nerfstudio.memory import filled_in_chunks, free_memory
 from ovs3d_nerfstudio.models.lpips import lpips_optional
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
 from ovs3d_nerfstudio.precision import single_precision
+from ovs3d_nerfstudio.prompts.answers import packed
 
 
 @dataclass
@@ -121,15 +121,20 @@ class OVS3DModel(SemanticModel, NerfactoModel):
 
     @torch.no_grad()
     def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict:
-        """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short."""
+        """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short; features are `packed`.
+
+        Raises MemoryShortage where the picture itself does not fit.
+        """
         chunk = min(self.config.eval_num_rays_per_chunk, rays_that_fit(self.config, free_memory(self.device)))
-        device, parts = camera_ray_bundle.directions.device, defaultdict(list)
-        for start in range(0, len(camera_ray_bundle), chunk):
-            rays = camera_ray_bundle.get_row_major_sliced_ray_bundle(start, start + chunk).to(self.device)
-            for name, output in self.forward(rays).items():
-                if isinstance(output, Tensor):
-                    parts[name].append(output.to(device))
-        return {name: torch.cat(outputs).view(*camera_ray_bundle.shape, -1) for name, outputs in parts.items()}
+
+        def render(start: int, stop: int) -> dict:
+            outputs = self.forward(camera_ray_bundle.get_row_major_sliced_ray_bundle(start, stop).to(self.device))
+            if "directions" in outputs:
+                outputs["directions"] = packed(outputs["directions"])
+            return outputs
+
+        outputs = filled_in_chunks(len(camera_ray_bundle), chunk, render, camera_ray_bundle.directions.device)
+        return {name: output.view(*camera_ray_bundle.shape, -1) for name, output in outputs.items()}
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict:
         call = self._call
@@ -165,13 +170,6 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             samples, _, _ = self.proposal_sampler(rays, density_fns=self.density_fns)
             density, _ = self.field.get_density(samples)
             return self._heaviest(samples, samples.get_weights(density))
-
-
-def free_memory(device: torch.device | str) -> int:
-    """Bytes that can still be had on a device: of the GPU, else of the machine."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available
 
 
 def rays_that_fit(config: OVS3DModelConfig, free: int) -> int:

@@ -200,7 +200,7 @@ class SemanticModel(Model):
 
     @torch.no_grad()
     def get_features_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict:
-        """As `get_outputs_for_camera`, with features in place of pictures (see `shown`)."""
+        """As `get_outputs_for_camera`, with features in place of pictures (see `shown`); directions may be `packed`."""
         with self.features_wanted():
             return self.get_outputs_for_camera(camera, obb_box)
 
