@@ -116,6 +116,11 @@ class Processes:
     def setup(self) -> None:
         with user_errors():
             check_machine(self.config.machine)
+            if not getattr(self.config.pipeline.model, "SEVERAL_PROCESSES", True):
+                raise CommandError(
+                    f"{self.config.method_name} trains in one process, as its Gaussians come and go; leave "
+                    "--machine.num-devices and --machine.num-machines at 1, or train ovs3d on several."
+                )
 
     def train(self) -> None:
         """Returns when every process has trained; when one of them dies the others are stopped, with status 1."""

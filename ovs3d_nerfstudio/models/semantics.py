@@ -133,6 +133,8 @@ class SemanticModelConfig:
         "overlay_opacity": SHARE,
     }
     """What each number may be."""
+    SEVERAL_PROCESSES: ClassVar[bool] = True
+    """Whether the processes of several devices can train it together."""
 
     @property
     def refines(self) -> bool:

@@ -46,6 +46,7 @@ class OVS3DSplatModelConfig(SemanticModelConfig, SplatfactoModelConfig):
         "ssim_lambda": SHARE,
         "num_random": SIZE,
     }
+    SEVERAL_PROCESSES: ClassVar[bool] = False
 
 
 class OVS3DSplatModel(SemanticModel, SplatfactoModel):

@@ -363,9 +363,11 @@ class LiveModel:
         model = self._model
         # torch counts the writes into a parameter, though not those of fused optimizers, which `batches` tells of.
         weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+        background = getattr(model, "background_color", None)  # of Gaussians, which the viewer sets
+        shade = tuple(background.tolist()) if isinstance(background, Tensor) else None
         return self._cache.get(
             (weights, model.batches, model.segmenter.ready),
-            _view_key(camera, box),
+            (_view_key(camera, box), shade),
             lambda: model.get_features_for_camera(camera, box),
         )
 
