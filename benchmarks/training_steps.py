@@ -20,19 +20,29 @@ from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_gr
 from ovs3d_nerfstudio.losses import color, paper, patches
 
 
+def seconds(call: Callable[[], object], device: str) -> float:
+    """How long a call takes, until the device has done what it was asked."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
 class Run:
     """A pipeline with its optimizers and callbacks, stepped as nerfstudio's trainer does it."""
 
     def __init__(self, pipeline_config, optimizers: dict, device: str, **rank: int):
         """`rank`: world_size and local_rank, where several processes train."""
-        with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):  # it would download AlexNet
-            self.pipeline = pipeline_config.setup(device=device, test_mode="val", **rank)
-        self.pipeline.train()
         self.device = device.split(":")[0]
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.device == "cuda")
+        with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):  # it would download AlexNet
+            self.pipeline = pipeline_config.setup(device=device, test_mode="val", grad_scaler=self.scaler, **rank)
+        self.pipeline.train()
         if hasattr(self.pipeline, "prepare_features"):
             self.pipeline.prepare_features()
         self.optimizers = Optimizers(deepcopy(optimizers), self.pipeline.get_param_groups())
-        self.scaler = torch.amp.GradScaler(self.device, enabled=self.device == "cuda")
         attributes = TrainingCallbackAttributes(self.optimizers, self.scaler, self.pipeline, None)
         self.callbacks = self.pipeline.get_training_callbacks(attributes)
         config = self.model.config
@@ -56,9 +66,11 @@ class Run:
             loss = sum(self.pipeline.get_train_loss_dict(step)[1].values())
         self.scaler.scale(loss).backward()
         self.optimizers.optimizer_scaler_step_all(self.scaler)
+        scale = self.scaler.get_scale()
         self.scaler.update()
-        for scheduler in self.optimizers.schedulers.values():
-            scheduler.step()
+        if scale <= self.scaler.get_scale():  # else the scaler skipped the step
+            for scheduler in self.optimizers.schedulers.values():
+                scheduler.step()
         self._call_back(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
 
     def _call_back(self, step: int, location) -> None:
