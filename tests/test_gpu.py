@@ -175,11 +175,9 @@ def test_each_method_trains_in_mixed_precision_and_saves(
     config.save_config()
     trainer.setup()
     trainer.train()
-    model = trainer.pipeline.model
-    for name, parameter in model.named_parameters():
-        assert parameter.is_cuda == (DEVICE == "cuda") and parameter.isfinite().all(), name
     saved = checkpoints(trainer.checkpoint_dir)
     assert saved
     state = read_checkpoint(saved[0])["pipeline"]
-    for name, value in model.state_dict().items():
-        assert torch.equal(state[f"_model.{name}"], value.cpu()), name
+    for name, parameter in trainer.pipeline.model.named_parameters():
+        assert parameter.device.type == DEVICE and parameter.isfinite().all(), name
+        assert torch.equal(state[f"_model.{name}"], parameter.cpu()), name
