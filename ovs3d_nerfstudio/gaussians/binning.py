@@ -217,7 +217,7 @@ def may_be_seen(
     """
     seen = np.empty(len(means), np.bool_)
     arrays = [_array(tensor) for tensor in (means, sizes)]
-    matrices = [_array(matrix.double()) for matrix in (viewmat, K)]
+    matrices = [_array(matrix).astype(np.float64) for matrix in (viewmat, K)]
     planes = (float(near_plane), float(far_plane), float(eps2d))
     _kernels().may_be_seen(*arrays, *matrices, float(width), float(height), window, *planes, seen)
     return torch.from_numpy(np.flatnonzero(seen)).to(means.device)
@@ -283,4 +283,6 @@ def _by_depth(depths: np.ndarray) -> np.ndarray:
 
 
 def _array(tensor: Tensor) -> Any:
+    if tensor.is_floating_point():  # numba knows no half precision
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return tensor.detach().cpu().contiguous().numpy()

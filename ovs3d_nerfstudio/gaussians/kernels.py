@@ -7,6 +7,8 @@ the channels of a pixel ("wide").
 
 Each (tile, Gaussian) writes its gradient to a place of its own, and these are summed in a fixed order: results do not
 depend on the number of threads.
+
+All in one file, because numba's cache on disk only notices changes of the file that a kernel is in.
 """
 
 from __future__ import annotations
@@ -53,6 +55,14 @@ def _exp_float32(x):
     p = p * f + np.float32(1.0)
     bits = (np.int32(whole) + np.int32(127)) << np.int32(23)
     return p * np.int32(bits).view(np.float32)
+
+
+def _aligned(count, like):
+    """Empty scratch of the dtype of an array that begins with a line of the cache: no SIMD access crosses two."""
+    padding = 64 // like.itemsize
+    scratch = np.empty(count + padding, like.dtype)
+    skipped = (64 - scratch.ctypes.data % 64) // like.itemsize % padding
+    return scratch[skipped : skipped + count]
 
 
 def _band(record, top):
@@ -124,10 +134,10 @@ def _cover(record, first, pixels, dx0, dy0, edges, quads):
     count = 0
     for row in range(pixels // TILE):
         # All four places are written whether they are needed or not: a loop of unknown length costs more.
-        start = row * TILE + 4 * np.int64(edges[row])
+        start = row * TILE + 4 * int(edges[row])
         for group in range(4):
             quads[count + group] = start + 4 * group
-        count += max(np.int64(edges[TILE + row]) - np.int64(edges[row]) + 1, 0)
+        count += max(int(edges[TILE + row]) - int(edges[row]) + 1, 0)
     return count
 
 
@@ -190,13 +200,9 @@ def _forward_kernel(
     height, width, channels = out.shape[1], out.shape[2], out.shape[3]
     number = colors.dtype.type
     half = number(0.5)
-    s, edges, quads = (
-        np.empty(_SCRATCH, colors.dtype),
-        np.empty(2 * TILE, colors.dtype),
-        np.empty(_PIXELS // 4 + 4, np.int64),
-    )
-    sums = np.empty((channels, 0 if wide else _PIXELS), colors.dtype)
-    wide_sums = np.empty(_PIXELS * colors.shape[1] if wide else 0, colors.dtype)
+    s, edges, quads = _aligned(_SCRATCH, colors), _aligned(2 * TILE, colors), np.empty(_PIXELS // 4 + 4, np.int64)
+    sums = _aligned(0 if wide else channels * _PIXELS, colors).reshape(channels, -1)
+    wide_sums = _aligned(_PIXELS * colors.shape[1] if wide else 0, colors)
     for tile in range(start, stop):
         camera, place = divmod(tile, columns * tile_rows)
         top, edge = place // columns * TILE, place % columns * TILE
@@ -258,14 +264,10 @@ def _color_gradient_kernel(records, items, slots, tile_start, columns, tile_rows
     height, width, channels = grad_out.shape[1], grad_out.shape[2], grad_out.shape[3]
     number = grad_out.dtype.type
     half = number(0.5)
-    s, edges, quads = (
-        np.empty(_SCRATCH, grad_out.dtype),
-        np.empty(2 * TILE, grad_out.dtype),
-        np.empty(_PIXELS // 4 + 4, np.int64),
-    )
+    s, edges, quads = _aligned(_SCRATCH, grad_out), _aligned(2 * TILE, grad_out), np.empty(_PIXELS // 4 + 4, np.int64)
     padded = -(-channels // LANES) * LANES
-    grads = np.empty((channels, 0 if wide else _PIXELS), grad_out.dtype)
-    wide_grads = np.zeros(_PIXELS * padded + LANES if wide else 0, grad_out.dtype)
+    grads = _aligned(0 if wide else channels * _PIXELS, grad_out).reshape(channels, -1)
+    wide_grads = _aligned(_PIXELS * padded + LANES if wide else 0, grad_out)
     for tile in range(start, stop):
         camera, place = divmod(tile, columns * tile_rows)
         top, edge = place // columns * TILE, place % columns * TILE
@@ -324,14 +326,10 @@ def _gradient_kernel(
     number = grad_out.dtype.type
     half, one, zero = number(0.5), number(1), number(0)
     limit, floor = number(0.999), number(1 / 255)
-    s, edges, quads = (
-        np.empty(_SCRATCH, grad_out.dtype),
-        np.empty(2 * TILE, grad_out.dtype),
-        np.empty(_PIXELS // 4 + 4, np.int64),
-    )
+    s, edges, quads = _aligned(_SCRATCH, grad_out), _aligned(2 * TILE, grad_out), np.empty(_PIXELS // 4 + 4, np.int64)
     padded = -(-channels // LANES) * LANES
-    grads = np.empty((channels, 0 if wide else _PIXELS), grad_out.dtype)
-    wide_grads = np.zeros(_PIXELS * padded + LANES if wide else 0, grad_out.dtype)
+    grads = _aligned(0 if wide else channels * _PIXELS, grad_out).reshape(channels, -1)
+    wide_grads = _aligned(_PIXELS * padded + LANES if wide else 0, grad_out)
     for tile in range(start, stop):
         camera, place = divmod(tile, columns * tile_rows)
         top, edge = place // columns * TILE, place % columns * TILE
@@ -435,7 +433,7 @@ class Kernels:
             return lambda x: math.exp(x)
 
         wide = (_cover, _add_colors, _add_gradients, _dots)
-        for helper in (_band, _begin_tile, _weigh, _any_alive, _load_gradients, *wide):
+        for helper in (_aligned, _band, _begin_tile, _weigh, _any_alive, _load_gradients, *wide):
             register_jitable(helper)
         self.forward = compiled(_forward_kernel)
         self.gradient = compiled(_gradient_kernel)

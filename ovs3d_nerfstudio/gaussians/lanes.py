@@ -18,6 +18,7 @@ __all__ = ["LANES", "add_product", "add_scaled", "load", "store", "total"]
 
 LANES = 16
 _INDEX = ir.IntType(32)
+_function: Any = intrinsic  # for type checkers: what it makes is not called as what it decorates
 
 
 class _Vector(types.Type):
@@ -42,7 +43,7 @@ def _multiply_and_add(builder, total, a, b):
     return builder.fadd(total, builder.fmul(a, b, flags=("contract",)), flags=("contract",))
 
 
-@intrinsic
+@_function
 def load(typing, array, index):
     """array[index : index + LANES] of a contiguous array."""
 
@@ -54,7 +55,7 @@ def load(typing, array, index):
     return _Vector(array.dtype)(array, types.intp), generate
 
 
-@intrinsic
+@_function
 def store(typing, array, index, vector):
     """array[index : index + LANES] = vector."""
 
@@ -66,7 +67,7 @@ def store(typing, array, index, vector):
     return types.void(array, types.intp, vector), generate
 
 
-@intrinsic
+@_function
 def add_scaled(typing, total, number, vector):
     """total + number * vector."""
 
@@ -80,7 +81,7 @@ def add_scaled(typing, total, number, vector):
     return total(total, total.dtype, vector), generate
 
 
-@intrinsic
+@_function
 def add_product(typing, total, a, b):
     """total + a * b, lane by lane."""
 
@@ -90,7 +91,7 @@ def add_product(typing, total, a, b):
     return total(total, a, b), generate
 
 
-@intrinsic
+@_function
 def total(typing, vector):
     """The sum of all lanes, halves added to each other again and again."""
 

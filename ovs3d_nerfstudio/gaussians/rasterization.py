@@ -129,10 +129,10 @@ def rasterization(
     values = []
     if "RGB" in render_mode:
         per_camera = colors.dim() == (3 if sh_degree is None else 4)
-        visible = colors[plan.cameras, plan.gaussians] if per_camera else colors[plan.gaussians]
+        visible = colors[plan.cameras, plan.gaussians] if per_camera else colors.index_select(0, plan.gaussians)
         if sh_degree is not None:
             centres = torch.inverse(viewmats)[:, :3, 3]
-            visible = _harmonics(sh_degree, means[plan.gaussians] - centres[plan.cameras], visible)
+            visible = harmonics(sh_degree, means.index_select(0, plan.gaussians) - centres[plan.cameras], visible)
         values.append(visible)
     elif backgrounds is not None:
         backgrounds = backgrounds[:, :0]
@@ -162,7 +162,10 @@ def _check_colors(colors: Tensor, sh_degree: int | None, cameras: int, gaussians
         raise ValueError(f"colors must be {wanted}, not {shape}.")
 
 
-def _harmonics(degree: int, directions: Tensor, coefficients: Tensor) -> Float[Tensor, "m 3"]:
+def harmonics(
+    degree: int, directions: Float[Tensor, "m 3"], coefficients: Float[Tensor, "m k 3"]
+) -> Float[Tensor, "m 3"]:
+    """The colours of Gaussians that are seen along `directions` (of any length), from their spherical harmonics."""
     from gsplat.cuda._torch_impl import _spherical_harmonics
 
     return (_spherical_harmonics(degree, directions, coefficients) + 0.5).clamp_min(0.0)
