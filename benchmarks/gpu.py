@@ -36,6 +36,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU to measure")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see it run, on a CPU too")
+    parser.add_argument(
+        "--methods", nargs="*", default=[], help="methods to measure beside ovs3d (default: all of ours)"
+    )
     parser.add_argument("--results", type=Path, help="folder of the JSON files (default: benchmarks/results)")
     parser.add_argument("--page", type=Path, help="page that gets the tables (default: docs/performance.md)")
     parser.add_argument("--work", type=Path, help="where weights, pictures and features lie meanwhile (2 GB)")
@@ -120,7 +123,7 @@ def main() -> int:
     from ovs3d_nerfstudio.files import write_json
 
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        rows = measured(Bench(options.device, options.quick, Path(work)).parts())
+        rows = measured(Bench(options.device, options.quick, Path(work), options.methods).parts())
     about = machine(options.device)
     name = re.sub(r"[^a-z0-9]+", "-", str(about["card"]).lower()).strip("-")
     write_json(options.results / f"gpu-{name}.json", {"machine": about, "rows": [asdict(row) for row in rows]})

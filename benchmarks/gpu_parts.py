@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,11 @@ def peak(device: str) -> Iterator[dict[str, float]]:
 class Bench:
     """The parts, each of which returns its rows; later ones use what earlier ones noted."""
 
-    def __init__(self, device: str, quick: bool, work: Path):
+    def __init__(self, device: str, quick: bool, work: Path, methods: Sequence[str] = ()):
+        """`methods` are measured, by default all of ours; the best one always is."""
         self.device, self.work = device, work
+        # The best last, as pictures are made with its run.
+        self.methods = [*sorted({*(methods or our_methods())} - {BEST}), BEST]
         self.sizes = QUICK if quick else FULL
         self.encoders = Encoders(work / "encoders", quick)
         self.photos = make_views(work / "photos", self.sizes.views, self.sizes.height)
@@ -75,8 +78,7 @@ class Bench:
             "extraction": partial(self.extraction, "patches"),
             "extraction in one pass": partial(self.extraction, "dense"),
             "hash grids": self.hash_grids,
-            # The best last, as pictures are made with its run.
-            **{name: partial(self.method, name) for name in sorted(our_methods(), key=lambda name: name == BEST)},
+            **{name: partial(self.method, name) for name in self.methods},
             "training": self.training,
             "picture": self.picture,
             "prompt change": self.change,
@@ -93,7 +95,7 @@ class Bench:
             self._run = None
             gc.collect()
             trainer = configured(method, self.scene, self.work / f"cache-{method}", self.encoders)
-            self._run = method, Run(trainer.pipeline, trainer.optimizers, self.device)
+            self._run = method, Run(trainer.pipeline, trainer.optimizers, self.device, trainer.mixed_precision)
         return self._run[1]
 
     def extraction(self, features: ClipFeatures) -> list[Row]:
@@ -164,14 +166,14 @@ class Bench:
             taken = alternate(repeats, full=run.steps, colour=partial(run.steps, semantics=False))
         config = run.model.config
         full, colour = (1e3 * taken[side] / run.block for side in ("full", "colour"))
-        rays = run.pipeline.datamanager.config.train_num_rays_per_batch
+        rays = getattr(run.pipeline.datamanager.config, "train_num_rays_per_batch", None)
+        step = f"`{name}`: a step of " + (f"{rays} rays" if rays else "a photo")
+        networks = getattr(config, "implementation", "")
         most = max(setting_up, stepping, key=lambda memory: memory["reserved"])
         self.noted |= {f"{name}_step_s": full / 1e3, f"{name}_colour_step_s": colour / 1e3}
         self.noted[f"{name}_gib"] = most["reserved"]
         return [
-            Row(
-                f"{name}_step_ms", f"`{name}`: a step of {rays} rays", full, "ms", f"networks: {config.implementation}"
-            ),
+            Row(f"{name}_step_ms", step, full, "ms", f"networks: {networks}" if networks else ""),
             Row(f"{name}_colour_step_ms", f"`{name}`: a step before semantics start", colour, "ms"),
             Row(
                 f"{name}_step_gib",

@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,23 @@ TINY_CLIP = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+TINY_DATA = {
+    "train_num_rays_per_batch": 32,
+    "eval_num_rays_per_batch": 32,
+    "scales": (2.0, 3.0),
+    "num_windows": 2,
+    "window_size": 4,
+}
+TINY_MODEL = {
+    "num_levels": 2,
+    "semantic_levels": 2,
+    "log2_hashmap_size": 8,
+    "semantic_log2_hashmap_size": 8,
+    "num_proposal_samples_per_ray": (8, 6),
+    "num_nerf_samples_per_ray": 4,
+    "num_random": 200,
+    "fda_pairs": 100,
 }
 TINY_DINO = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -103,16 +121,17 @@ def configured(method: str, scene: Path, cache: Path, encoders: Encoders) -> Tra
     if pipeline.token_encoder.startswith("dino"):
         pipeline.token_encoder = encoders.dino
     if encoders.quick:
-        data, model = pipeline.datamanager, pipeline.model
-        data.train_num_rays_per_batch = data.eval_num_rays_per_batch = 32
-        data.scales, data.num_windows, data.window_size = (2.0, 3.0), 2, 4
-        model.num_levels = model.semantic_levels = 2
-        model.log2_hashmap_size = model.semantic_log2_hashmap_size = 8
-        model.num_proposal_samples_per_ray, model.num_nerf_samples_per_ray = (8, 6), 4
-        model.fda_pairs = 100
-        for grid in model.proposal_net_args_list:
+        _lower(pipeline.datamanager, TINY_DATA)
+        _lower(pipeline.model, TINY_MODEL)
+        for grid in getattr(pipeline.model, "proposal_net_args_list", ()):
             grid["log2_hashmap_size"] = 8
     return trainer
+
+
+def _lower(part: Any, values: dict[str, Any]) -> None:
+    """Gives the settings that this part of a config has these values."""
+    for name in values.keys() & vars(part).keys():
+        setattr(part, name, values[name])
 
 
 def as_rank(rank: int, device: str, sizes: Sizes, work: Path, photos: Path, encoders: Encoders) -> None:
@@ -138,7 +157,7 @@ def as_rank(rank: int, device: str, sizes: Sizes, work: Path, photos: Path, enco
     extracted(pictures[rank : rank + 1] * 2, work / f"warm-{rank}")  # weights are loaded
     some = pictures[:4]
     extraction = seconds(partial(extracted, some, work / "two"), mine)
-    run = Run(trainer.pipeline, trainer.optimizers, mine, world_size=2, local_rank=rank)
+    run = Run(trainer.pipeline, trainer.optimizers, mine, trainer.mixed_precision, world_size=2, local_rank=rank)
     for _ in range(sizes.warm_up):
         run.steps()
     taken = []

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from nerfstudio.configs.method_configs import all_methods
-from nerfstudio.engine.trainer import TrainerConfig
+from pretended.small import STEPS, small
 from test_hash_grid import TOLERANCE, points, run
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -29,20 +29,20 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 METHODS = list(our_methods())
-FDA_STEP = 6
-"""The step from which on every loss takes part, in the small form of a method."""
 
 
 def grids_of(method: str) -> list[dict[str, int]]:
     """Sizes of all hash grids of a method: colour and density, semantics, proposal networks."""
     model = our_methods()[method].model
-    own = {"num_levels": model.num_levels, "min_res": model.base_res}
-    semantic = {"num_levels": model.semantic_levels, "min_res": model.semantic_base_res}
     others = ("max_res", "log2_hashmap_size", "features_per_level")
-    own |= {name: getattr(model, name) for name in others}
-    semantic |= {name: getattr(model, f"semantic_{name}") for name in others}
-    proposals = [{n: grid[n] for n in ("num_levels", *others) if n in grid} for grid in model.proposal_net_args_list]
-    return [own, semantic, *proposals]
+    semantic = {"num_levels": model.semantic_levels, "min_res": model.semantic_base_res}
+    grids = [semantic | {name: getattr(model, f"semantic_{name}") for name in others}]
+    if hasattr(model, "num_levels"):
+        own = {"num_levels": model.num_levels, "min_res": model.base_res}
+        grids.append(own | {name: getattr(model, name) for name in others})
+    for grid in getattr(model, "proposal_net_args_list", ()):
+        grids.append({name: grid[name] for name in ("num_levels", *others) if name in grid})
+    return grids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["single", "double"])
@@ -80,27 +80,6 @@ class DrawnOnTheCpu(TorchFunctionMode):
         return call(*args, **kwargs)
 
 
-def small(method: str, scene: Path, out: Path, device: str) -> TrainerConfig:
-    """A method with grids, rays and windows small enough for a CPU, and encoders that are on disk."""
-    config = copy.deepcopy(all_methods[method])
-    config.machine.device_type = device
-    config.data = config.pipeline.datamanager.data = scene
-    config.output_dir, config.experiment_name, config.timestamp, config.vis = out, "run", "t", "tensorboard"
-    pipeline, data, model = config.pipeline, config.pipeline.datamanager, config.pipeline.model
-    pipeline.image_text_encoder = pipeline.token_encoder = "offline"
-    data.feature_cache_dir = out.parent / "features"
-    data.train_num_rays_per_batch = data.eval_num_rays_per_batch = 256
-    data.num_windows, data.window_size = min(2, data.num_windows), 6
-    model.implementation = "torch"
-    model.num_levels = model.semantic_levels = 6
-    model.log2_hashmap_size = model.semantic_log2_hashmap_size = 12
-    model.num_proposal_samples_per_ray, model.num_nerf_samples_per_ray = (32, 24), 16
-    for grid in model.proposal_net_args_list:
-        grid["log2_hashmap_size"] = 11
-    model.semantics_start, model.fda_start, model.fda_pairs = FDA_STEP // 2, FDA_STEP, 500
-    return config
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Where the tests of this file share the features that they extract."""
@@ -120,7 +99,7 @@ def opened(method: str, scene: Path, folder: Path, device: str) -> OVS3DPipeline
     """A small pipeline with its features; seeds make the photos come in the same order on every device."""
     random.seed(0)
     torch.manual_seed(0)
-    pipeline = small(method, scene, folder / "out", device).pipeline.setup(device=device, test_mode="val")
+    pipeline = small(method, scene, folder, "compared", mixed=False).pipeline.setup(device=device, test_mode="val")
     pipeline.prepare_features()
     return pipeline
 
@@ -141,7 +120,7 @@ def step_and_picture(pipeline: OVS3DPipeline) -> tuple[dict[str, Tensor], dict[s
     torch.manual_seed(1)
     pipeline.train()
     with DrawnOnTheCpu():
-        losses = pipeline.get_train_loss_dict(FDA_STEP)[1]
+        losses = pipeline.get_train_loss_dict(STEPS)[1]
     torch.stack(list(losses.values())).sum().backward()
     gradients = {n: p.grad.cpu() for n, p in pipeline.model.named_parameters() if p.grad is not None}
     pipeline.eval()
@@ -176,16 +155,18 @@ def test_a_step_and_a_picture_of_each_method_are_those_of_the_cpu(method: str, s
 
 @pytest.mark.parametrize("implementation", ["torch", "tcnn"])
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_trains_in_mixed_precision_and_saves(
+def test_each_method_trains_and_saves(
     method: str, implementation: str, scene: Path, folder: Path, tmp_path: Path
 ) -> None:
-    if implementation == "tcnn" and not tcnn_imports():
-        pytest.skip("tiny-cuda-nn is not installed")
-    config = small(method, scene, folder / "out", DEVICE)
-    config.output_dir = tmp_path
+    if implementation == "tcnn":
+        if not hasattr(our_methods()[method].model, "implementation"):
+            pytest.skip("this method has no networks of tiny-cuda-nn")
+        if not tcnn_imports():
+            pytest.skip("tiny-cuda-nn is not installed")
+    config = small(method, scene, tmp_path, "trained", mixed=all_methods[method].mixed_precision)
+    config.machine.device_type = DEVICE
+    config.pipeline.datamanager.feature_cache_dir = folder / "features"
     config.pipeline.model.implementation = implementation
-    config.max_num_iterations, config.steps_per_save = FDA_STEP + 4, FDA_STEP
-    config.steps_per_eval_batch = config.steps_per_eval_image = FDA_STEP + 2
     trainer = config.setup(local_rank=0, world_size=1)
     config.save_config()
     trainer.setup()

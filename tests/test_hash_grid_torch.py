@@ -127,7 +127,7 @@ def test_an_interrupt_at_any_line_of_a_first_render_leaves_the_fast_grid_on(unde
             break
         finally:
             sys.settrace(before)
-        assert isinstance(hash_grid._backend(CPU), hash_grid._NumbaBackend)
+        assert isinstance(hash_grid._backend(CPU), hash_grid.NumbaBackend)
     assert interrupted > 10 and not [each for each in recwarn if "hash grids" in str(each.message)]
 
 
@@ -156,7 +156,7 @@ def broken(error: Exception):
 
 def test_a_broken_backend_is_told_of_and_torch_computes(undecided, monkeypatch):
     reference, fast = pair()
-    monkeypatch.setattr(hash_grid, "_NumbaBackend", broken(ImportError("No module named 'numba'")))
+    monkeypatch.setattr(hash_grid, "NumbaBackend", broken(ImportError("No module named 'numba'")))
     with pytest.warns(UserWarning, match="cannot run on cpu, using torch code: No module named 'numba'"):
         assert_same(run(fast, points(20)), run(reference, points(20)))
     assert hash_grid._backend(CPU) is hash_grid_torch
@@ -166,8 +166,8 @@ def test_a_broken_backend_is_told_of_and_torch_computes(undecided, monkeypatch):
 def test_what_says_nothing_about_a_backend_goes_through_and_is_not_remembered(undecided, monkeypatch, error):
     _, fast = pair()
     with monkeypatch.context() as patched:
-        patched.setattr(hash_grid, "_NumbaBackend", broken(error))
+        patched.setattr(hash_grid, "NumbaBackend", broken(error))
         with pytest.raises(type(error)):
             fast(points(5))
     assert fast(points(5)).isfinite().all()
-    assert isinstance(hash_grid._backend(CPU), hash_grid._NumbaBackend)
+    assert isinstance(hash_grid._backend(CPU), hash_grid.NumbaBackend)
