@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Threads that wait for each other sleep: spinning, they make training several times slower as soon as something else runs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-fast soak lint format clean
+.PHONY: install demo test test-fast soak gpu lint format clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,15 @@ test-fast: install
 SOAK ?= 20
 soak: install
 	OVS3D_SOAK=$(SOAK) $(BIN)/python -m pytest tests/test_fault_extraction.py tests/test_fault_training.py
+
+# For the first GPU that you have: the tests that need one, then what everything takes on it; ten minutes at most, no network.
+# Writes benchmarks/results/gpu-*.json and docs/performance.md.
+gpu: install
+	@$(BIN)/python benchmarks/gpu.py --check
+	@status=0; \
+		$(BIN)/python -m pytest -m gpu || status=1; \
+		$(BIN)/python benchmarks/gpu.py || status=1; \
+		exit $$status
 
 lint: install
 	$(BIN)/ruff check .

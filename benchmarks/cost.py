@@ -32,25 +32,27 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.field_components.encodings import HashEncoding
 from nerfstudio.models.nerfacto import NerfactoModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
+from pages import ROOT, fill
 from quality_rows import Job, measure
 from rich.console import Console
 from training_steps import Run, profile
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "encoders"))  # its entry points make `mixture` and `tabletop` known
 
-from ovs3d_nerfstudio.configs import ovs3d_lite  # noqa: E402
-from ovs3d_nerfstudio.encoders.base import TokenEncoder, image_text_encoder  # noqa: E402
-from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder  # noqa: E402
-from ovs3d_nerfstudio.features.extraction import extract  # noqa: E402
-from ovs3d_nerfstudio.features.pyramid import ScaleGrid  # noqa: E402
-from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids  # noqa: E402
-from ovs3d_nerfstudio.pictures import list_pictures, read_picture  # noqa: E402
-from ovs3d_nerfstudio.prompts.prompts import find_classes_file, read_classes_file  # noqa: E402
+from ovs3d_nerfstudio.configs import ovs3d_lite
+from ovs3d_nerfstudio.encoders.base import TokenEncoder, image_text_encoder
+from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder
+from ovs3d_nerfstudio.features.extraction import extract
+from ovs3d_nerfstudio.features.pyramid import ScaleGrid
+from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
+from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.pictures import list_pictures, read_picture
+from ovs3d_nerfstudio.prompts.prompts import find_classes_file, read_classes_file
 
 PROMPTS = 10
 FILLERS = ("cup", "plate", "chair", "window", "book", "lamp", "plant", "bottle", "towel", "keyboard")
@@ -113,6 +115,38 @@ def peak_of(details: dict, imported: float) -> Iterator[None]:
     if torch.cuda.is_available():
         details["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
         torch.cuda.reset_peak_memory_stats()
+
+
+def grid_sides(
+    device: str, points: int, positions: bool = False, **encodings: Callable[..., HashEncoding]
+) -> dict[str, Callable[[], None]]:
+    """For each encoding: forward and backward to the table of nerfacto's own sizes, and to the `positions` too if wanted."""
+    config = NerfactoModelConfig()
+    sizes = (config.num_levels, config.base_res, config.max_res, config.log2_hashmap_size, config.features_per_level)
+    where = torch.rand(points, 3, device=device, requires_grad=positions)
+    incoming = torch.randn(points, config.num_levels * config.features_per_level, device=device)
+
+    def both_ways(grid: HashEncoding) -> None:
+        where.grad = None
+        grid.zero_grad()
+        out = grid(where)
+        out.backward(incoming.to(out.dtype))
+
+    return {name: partial(both_ways, encoding(*sizes).to(device)) for name, encoding in encodings.items()}
+
+
+def picture_sides(model: OVS3DModel, camera: Cameras) -> dict[str, Callable[[], None]]:
+    """A picture with every output that the prompts bring, and the same call with semantics off."""
+    alone = partial(model.forward, semantics=False)
+
+    def rgb() -> None:
+        with mock.patch.object(model, "forward", alone):
+            assert "segmentation" not in model.get_outputs_for_camera(camera)
+
+    def segmentation() -> None:
+        assert "segmentation" in model.get_outputs_for_camera(camera)
+
+    return {"segmentation": segmentation, "rgb": rgb}
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
@@ -241,24 +275,11 @@ class Benchmark:
 
     def hash_grid(self, details: dict) -> dict[str, float]:
         """Forward and backward to the table, nerfacto's own sizes."""
-        points, config = (4096 if self.options.quick else 65536), NerfactoModelConfig()
-        sizes = (
-            config.num_levels,
-            config.base_res,
-            config.max_res,
-            config.log2_hashmap_size,
-            config.features_per_level,
+        points = 4096 if self.options.quick else 65536
+        sides = grid_sides(
+            self.options.device, points, ours=FastHashEncoding, plain=partial(HashEncoding, implementation="torch")
         )
-        ours = FastHashEncoding(*sizes).to(self.options.device)
-        plain = HashEncoding(*sizes, implementation="torch").to(self.options.device)
-        where = torch.rand(points, 3, device=self.options.device)
-        incoming = torch.randn(points, ours.get_out_dim(), device=self.options.device)
-
-        def both_ways(grid: HashEncoding) -> None:
-            grid.hash_table.grad = None
-            grid(where).backward(incoming)
-
-        taken = alternate(self.repeats, ours=partial(both_ways, ours), plain=partial(both_ways, plain))
+        taken = alternate(self.repeats, **sides)
         details |= {"n": self.repeats, "points": points, **{f"{side}_ms": 1e3 * s for side, s in taken.items()}}
         return {"hash_grid": taken["plain"] / taken["ours"]}
 
@@ -268,18 +289,9 @@ class Benchmark:
         model, camera = run.model, deepcopy(run.pipeline.datamanager.train_dataset.cameras[0:1])
         camera.rescale_output_resolution((120 if self.options.quick else 480) / int(camera.width.max()))
         camera = camera.to(self.options.device)
-        alone = partial(model.forward, semantics=False)
-
-        def rgb() -> None:
-            with mock.patch.object(model, "forward", alone):
-                assert "segmentation" not in model.get_outputs_for_camera(camera)
-
-        def segmentation() -> None:
-            assert "segmentation" in model.get_outputs_for_camera(camera)
-
         model.eval()
         repeats = min(self.repeats, 5)
-        taken = alternate(repeats, segmentation=segmentation, rgb=rgb)
+        taken = alternate(repeats, **picture_sides(model, camera))
         model.train()
         details |= {"n": repeats, "size": f"{int(camera.width)}×{int(camera.height)}", "prompts": len(self.prompts)}
         details |= {f"{side}_s": seconds for side, seconds in taken.items()}
@@ -361,16 +373,6 @@ def plot(ratios: dict[str, float], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def fill(page: Path, marker: str, text: str) -> None:
-    """Replace what stands between `<!-- marker:begin -->` and `<!-- marker:end -->` of a page."""
-    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
-    before, _, rest = page.read_text().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise SystemExit(f"{page} lacks the lines {begin} and {end}; put them where the table should go.")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def few_views(scene: Path, folder: Path, train: int = 3, test: int = 1) -> Path:

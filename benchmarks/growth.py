@@ -29,7 +29,8 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from cost import ROOT, fill, processor, resident
+from cost import processor, resident
+from pages import ROOT, fill
 from PIL import Image
 from rich.console import Console
 from training_steps import Run

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -20,12 +21,14 @@ from statistics import median
 import numpy as np
 import torch
 import tyro
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils import colormaps
 from viser._scene_api import _encode_image_binary
 
 from ovs3d_nerfstudio.cli.common import open_run
 from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.files import write_json
+from ovs3d_nerfstudio.models.nerf import OVS3DModel
 from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
 ADJECTIVES = [
@@ -69,9 +72,7 @@ CHANGE_MS, SHARE, GPU_CHANGE_MS = 100.0, 1 / 20, 5.0
 
 
 @dataclass
-class Arguments:
-    load_config: Path
-    """config.yml of a trained run."""
+class Settings:
     sizes: tuple[tuple[int, int], ...] = ((480, 360), (1440, 1080))
     """Widths and heights of the view in pixels."""
     prompts: tuple[int, ...] = (1, 10, 100)
@@ -80,6 +81,12 @@ class Arguments:
     """Changes that are timed for each number of prompts."""
     renders: int = 3
     """Renders that are timed for each size; one for views of more than a million pixels on a CPU."""
+
+
+@dataclass
+class Arguments(Settings):
+    load_config: Path = tyro.MISSING
+    """config.yml of a trained run."""
     json: Path | None = None
     """Where to write the rows."""
 
@@ -106,25 +113,26 @@ class Row:
 
 def main(arguments: Arguments) -> list[Row]:
     _, pipeline, _, _ = open_run(arguments.load_config, "inference")
-    model = pipeline.model.eval()
+    return measure(pipeline.model.eval(), pipeline.datamanager.train_dataset.cameras[:1], arguments)
+
+
+def measure(model: OVS3DModel, view: Cameras, settings: Settings) -> list[Row]:
+    """A row for each size and number of prompts; `view` is a camera, of any size."""
     live = LivePrompts(model)
     live.follow_training()
     live.ask(["first of all"])  # the text tower is loaded once, and that is not what is timed
     device, fresh, rows = str(model.device), words(), []
-    for width, height in arguments.sizes:
-        camera = pipeline.datamanager.train_dataset.cameras[:1].to(device)
-        camera.fx, camera.fy = camera.fx * width / camera.width, camera.fy * height / camera.height
-        camera.cx, camera.cy = torch.full_like(camera.cx, width / 2), torch.full_like(camera.cy, height / 2)
-        camera.width, camera.height = torch.full_like(camera.width, width), torch.full_like(camera.height, height)
-        renders = 1 if device == "cpu" and width * height > 1e6 else arguments.renders
+    for width, height in settings.sizes:
+        camera = resized(view, width, height).to(device)
+        renders = 1 if device == "cpu" and width * height > 1e6 else settings.renders
         rendered = []
         for _ in range(renders):
-            view = LiveModel(live, threading.Lock())
-            rendered.append(timed(lambda: view.get_outputs_for_camera(camera)["segmentation"], device)[0])  # noqa: B023
+            shown = LiveModel(live, threading.Lock())
+            rendered.append(timed(lambda: shown.get_outputs_for_camera(camera)["segmentation"], device)[0])  # noqa: B023
         kept = model.segmenter.basis.shape[1] * width * height * 4 / 1e6
-        for prompts in arguments.prompts:
+        for prompts in settings.prompts:
             turns = [
-                turn(live, view, camera, [next(fresh) for _ in range(prompts)]) for _ in range(arguments.turns + 1)
+                turn(live, shown, camera, [next(fresh) for _ in range(prompts)]) for _ in range(settings.turns + 1)
             ]
             embed, change, enter = (1e3 * median(times) for times in zip(*turns[1:], strict=True))
             row = Row(
@@ -132,7 +140,7 @@ def main(arguments: Arguments) -> list[Row]:
                 width,
                 height,
                 prompts,
-                arguments.turns,
+                settings.turns,
                 embed,
                 change,
                 enter,
@@ -146,6 +154,15 @@ def main(arguments: Arguments) -> list[Row]:
                 flush=True,
             )
     return rows
+
+
+def resized(view: Cameras, width: int, height: int) -> Cameras:
+    """A copy of the camera `view` for pictures of another size, which show the same."""
+    camera = deepcopy(view)
+    camera.fx, camera.fy = camera.fx * width / camera.width, camera.fy * height / camera.height
+    camera.cx, camera.cy = torch.full_like(camera.cx, width / 2), torch.full_like(camera.cy, height / 2)
+    camera.width, camera.height = torch.full_like(camera.width, width), torch.full_like(camera.height, height)
+    return camera
 
 
 def turn(live: LivePrompts, view: LiveModel, camera, prompts: list[str]) -> tuple[float, float, float]:

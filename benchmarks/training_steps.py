@@ -20,25 +20,36 @@ from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_gr
 from ovs3d_nerfstudio.losses import color, paper, patches
 
 
+def seconds(call: Callable[[], object], device: str) -> float:
+    """How long a call takes, until the device has done what it was asked."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
 class Run:
     """A pipeline with its optimizers and callbacks, stepped as nerfstudio's trainer does it."""
 
-    def __init__(self, pipeline_config, optimizers: dict, device: str, **rank: int):
-        """`rank`: world_size and local_rank, where several processes train."""
-        with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):  # it would download AlexNet
-            self.pipeline = pipeline_config.setup(device=device, test_mode="val", **rank)
-        self.pipeline.train()
+    def __init__(self, pipeline_config, optimizers: dict, device: str, mixed_precision: bool = True, **rank: int):
+        """`mixed_precision` is of CUDA alone; `rank`: world_size and local_rank, where several processes train."""
         self.device = device.split(":")[0]
+        self.mixed_precision = mixed_precision and self.device == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.mixed_precision)
+        with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity"):  # it would download AlexNet
+            self.pipeline = pipeline_config.setup(device=device, test_mode="val", grad_scaler=self.scaler, **rank)
+        self.pipeline.train()
         if hasattr(self.pipeline, "prepare_features"):
             self.pipeline.prepare_features()
         self.optimizers = Optimizers(deepcopy(optimizers), self.pipeline.get_param_groups())
-        self.scaler = torch.amp.GradScaler(self.device, enabled=self.device == "cuda")
         attributes = TrainingCallbackAttributes(self.optimizers, self.scaler, self.pipeline, None)
         self.callbacks = self.pipeline.get_training_callbacks(attributes)
         config = self.model.config
-        self.block = config.proposal_update_every + 1
-        """Steps from one training of the proposal networks to the next."""
-        self.first_step = max(config.proposal_warmup, getattr(config, "fda_start", 0))
+        self.block = getattr(config, "proposal_update_every", 0) + 1
+        """Steps from one training of the proposal networks to the next, where there are some."""
+        self.first_step = max(getattr(config, "proposal_warmup", 0), getattr(config, "fda_start", 0))
         self.steps_done = 0
 
     @property
@@ -51,14 +62,15 @@ class Run:
         self.steps_done += 1
         self._call_back(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
         self.optimizers.zero_grad_all()
-        # As the trainer: mixed precision on CUDA, none on a CPU.
-        with torch.autocast(self.device, enabled=self.device == "cuda"):
+        with torch.autocast(self.device, enabled=self.mixed_precision):
             loss = sum(self.pipeline.get_train_loss_dict(step)[1].values())
         self.scaler.scale(loss).backward()
         self.optimizers.optimizer_scaler_step_all(self.scaler)
+        scale = self.scaler.get_scale()
         self.scaler.update()
-        for scheduler in self.optimizers.schedulers.values():
-            scheduler.step()
+        if scale <= self.scaler.get_scale():  # else the scaler skipped the step
+            for scheduler in self.optimizers.schedulers.values():
+                scheduler.step()
         self._call_back(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
 
     def _call_back(self, step: int, location) -> None:

@@ -1,6 +1,7 @@
 """The benchmarks in short forms. Quality: a small scene, half of the training; the field must be worth its trouble. Cost: one turn."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,47 @@ def test_every_part_of_the_cost_benchmark_runs(tmp_path):
     )
     assert all(ratio > 0 for ratio in results["ratios"].values()), results["ratios"]
     assert "A step takes" in printed and "semantic losses: colour" in printed
+
+
+def test_the_gpu_benchmark_makes_every_row_and_says_which_limit_was_missed(tmp_path, monkeypatch):
+    """On a CPU, in tiny sizes: so every line of it runs before somebody has a GPU."""
+    page, results = tmp_path / "page.md", tmp_path / "results"
+    page.write_text("Before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nbehind\n")
+    words = ["--device", "cpu", "--quick", "--methods", "ovs3d-splat-lite", "--results", results, "--page", page]
+    done = command("python", BENCHMARKS / "gpu.py", *words, cwd=tmp_path, ok=False)
+    assert done.returncode == 1, "30 000 steps take longer than five minutes here"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delitem(sys.modules, "gpu_report", raising=False)
+    import gpu_report
+
+    rows = [gpu_report.Row(**row) for row in json.loads((results / "gpu-cpu.json").read_text())["rows"]]
+    assert not [row for row in rows if row.failed], done.stdout[-4000:]
+    names = {row.name for row in rows}
+    assert names >= {"extraction_patches", "extraction_dense", "grid_ours_ms", "grid_torch_ms", "grid_tcnn_ms"}
+    assert names >= {"ovs3d_step_ms", "ovs3d_gib", "ovs3d-splat-lite_step_ms", "ovs3d-splat-lite_gib"}
+    assert (
+        names >= {"picture_s", "picture_rgb_s", "enter_ms", "two_step_ms", "two_extraction"} | gpu_report.LIMITS.keys()
+    )
+    assert all(row.value > 0 for row in rows if row.value is not None)
+    assert [row.name for row in rows if row.value is None] == ["grid_tcnn_ms"]
+
+    text = page.read_text()
+    assert text.startswith("Before\n") and text.endswith("behind\n") and "old" not in text
+    assert all(f"| {row.what} |" in text for row in rows)
+    missed = [line for line in text.splitlines() if line.endswith("| ✗ |")]
+    assert any("40 views" in line and "| ≤ 5 minutes |" in line for line in missed)
+    assert len(gpu_report.missed(rows)) == len(missed) and "(asked: ≤ 5)" in done.stdout
+
+    lax = {name: gpu_report.Limit("≤", 1e9) for name in gpu_report.LIMITS}
+    monkeypatch.setattr(gpu_report, "LIMITS", lax)
+    assert gpu_report.status(rows) == 0 and not gpu_report.missed(rows)
+    assert gpu_report.status([row for row in rows if row.name != "change_ms"]) == 1, "what was not measured is not met"
+    assert gpu_report.status([*rows, gpu_report.Row("x", "x", note="OutOfMemoryError", failed=True)]) == 1
+    monkeypatch.setitem(lax, "change_ms", gpu_report.Limit("≥", 1e9))
+    assert gpu_report.status(rows) == 1 and len(gpu_report.missed(rows)) == 1
+
+
+def test_without_a_gpu_its_benchmark_says_that_it_needs_one(tmp_path):
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    done = command("python", BENCHMARKS / "gpu.py", cwd=tmp_path, env=hidden, ok=False)
+    assert done.returncode == 1 and "there is an NVIDIA card" in " ".join(done.stdout.split()), done.stdout

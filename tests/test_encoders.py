@@ -142,6 +142,7 @@ def test_open_clip_embeds_as_the_model_itself(tiny_clip, file):
     prompts = ["red apple", "wooden table"]
     text = encoder.embed_text(prompts)
     assert torch.allclose(text, model.encode_text(open_clip.tokenize(prompts), normalize=True), atol=1e-5)
+    assert not text.is_inference(), "it becomes a buffer, which ranks write to"
 
     picture = random_picture(64, 80)
     boxes = torch.tensor([[0.0, 0, 32, 32], [40, 30, 72, 62]])

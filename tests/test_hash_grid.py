@@ -53,7 +53,7 @@ def run(encoding: HashEncoding, positions: Tensor) -> dict[str, Tensor]:
     """Output and both gradients of a fixed random weighting of the output."""
     positions = positions.clone().requires_grad_()
     out = encoding(positions)
-    weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1)).to(out.device)
     grads = torch.autograd.grad(out, [positions, encoding.hash_table], weights)
     return {"out": out.detach(), "positions": grads[0], "table": grads[1]}
 

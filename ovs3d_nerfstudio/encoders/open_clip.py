@@ -129,7 +129,9 @@ class OpenClipEncoder(ImageTextEncoder):
         lengths = (ample[:-1] != ample[-1, -1]).sum(-1).tolist()
         check_lengths(prompts, lengths, tokens.shape[1], self.model_name)
         with torch.inference_mode():
-            return normalize(self._text.encode_text(tokens.to(self.device)).float(), dim=-1).cpu().clone()
+            embeddings = self._text.encode_text(tokens.to(self.device))
+        # Worked out outside of inference mode: what becomes a buffer of the model is written to when several ranks train.
+        return normalize(embeddings.float(), dim=-1).cpu()
 
     def embed_crops(self, crops: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         visual = self._image_tower()
