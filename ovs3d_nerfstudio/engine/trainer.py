@@ -58,9 +58,9 @@ class OVS3DTrainerConfig(TrainerConfig):
 
     def save_config(self) -> None:
         """Saves the config, whole or not at all; then hides from nerfstudio's launcher, which reads it next, that there are several devices."""
-        datamanager: Any = self.pipeline.datamanager
-        # nerfstudio leaves a tensor here, which YAML could only hold as a call.
-        datamanager.pixel_sampler.is_equirectangular = bool(datamanager.pixel_sampler.is_equirectangular)
+        sampler = getattr(self.pipeline.datamanager, "pixel_sampler", None)
+        if sampler is not None:  # nerfstudio leaves a tensor here, which YAML could only hold as a call
+            sampler.is_equirectangular = bool(sampler.is_equirectangular)
         folder = self.get_base_dir()
         folder.mkdir(parents=True, exist_ok=True)
         with written_beside(folder / "config.yml") as beside:

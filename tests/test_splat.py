@@ -1,0 +1,231 @@
+"""Gaussians carry the same semantics as the NeRF, on any device: training, commands, viewer, resuming."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import command
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.utils.eval_utils import eval_setup
+from PIL import Image
+from plyfile import PlyData, PlyElement
+from training import Trained, train_steps
+
+from ovs3d_nerfstudio.demo.raycast import cast
+from ovs3d_nerfstudio.demo.scene import demo_solids, train_cameras
+from ovs3d_nerfstudio.engine.checkpoints import read_checkpoint
+from ovs3d_nerfstudio.evaluation.splits import evaluate_split
+from ovs3d_nerfstudio.gaussians.rasterization import rasterization
+from ovs3d_nerfstudio.models.splat import view_matrix
+from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
+
+pytestmark = pytest.mark.slow
+GEOMETRY, SEMANTICS = 120, 120
+
+
+@pytest.fixture(scope="module")
+def pointed(scene, tmp_path_factory) -> Path:
+    """The scene with sparse points: every fifth pixel of its training views, where it truly lies, give or take 1 %."""
+    folder = Path(shutil.copytree(scene, tmp_path_factory.mktemp("pointed") / "scene"))
+    solids, found, rng = demo_solids(), [], np.random.default_rng(0)
+    meta = json.loads((folder / "transforms.json").read_text())
+    train = [frame for frame in meta["frames"] if frame["file_path"] in meta["train_filenames"]]
+    for frame, camera in zip(train, train_cameras(len(train), meta["w"]), strict=True):
+        assert np.allclose(frame["transform_matrix"], camera.pose)
+        depth = cast(solids, camera)[1].ravel()[::5]
+        origin, directions = camera.rays(1)
+        way = depth * rng.normal(1, 0.01, len(depth))
+        points = (origin + way * directions[:, ::5]).T
+        colors = np.asarray(Image.open(folder / frame["file_path"]).convert("RGB")).reshape(-1, 3)[::5]
+        found.append(np.concatenate([points, colors], 1)[np.isfinite(depth)])
+    rows = np.concatenate(found)
+    kinds = [*((name, "f4") for name in "xyz"), *((name, "u1") for name in ("red", "green", "blue"))]
+    table = np.array([tuple(row) for row in rows], kinds)
+    PlyData([PlyElement.describe(table, "vertex")]).write(folder / "sparse_pc.ply")
+    (folder / "transforms.json").write_text(json.dumps(meta | {"ply_file_path": "sparse_pc.ply"}))
+    return folder
+
+
+def config_of(scene: Path, **model):
+    config = copy.deepcopy(all_methods["ovs3d-splat-lite"])
+    config.pipeline.datamanager.data = scene
+    settings = {"semantics_start": GEOMETRY, "fda_start": GEOMETRY + 10, **model}
+    for name, value in settings.items():
+        setattr(config.pipeline.model, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(pointed, tmp_path_factory) -> Path:
+    """The config of a run of `ns-train`."""
+    out = tmp_path_factory.mktemp("splat")
+    words = ["ns-train", "ovs3d-splat-lite", "--data", pointed, "--output-dir", out, "--experiment-name", "run"]
+    words += ["--timestamp", "t", "--vis", "tensorboard", "--max-num-iterations", GEOMETRY + SEMANTICS]
+    words += ["--pipeline.model.semantics-start", GEOMETRY, "--pipeline.model.fda-start", GEOMETRY + 10]
+    command(*words, cwd=out)
+    return out / "run" / "ovs3d-splat-lite" / "t" / "config.yml"
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return eval_setup(run, test_mode="test")[1]
+
+
+def test_it_sees_and_tells_apart_what_it_was_not_trained_on(opened):
+    summary, views = evaluate_split(opened, "test")
+    assert summary["psnr"] > 20 and summary["miou"] > 0.5 and len(views) == 3
+
+
+def test_nerfstudios_commands_take_it_as_a_splat(run, tmp_path):
+    command("ns-eval", "--load-config", run, "--output-path", tmp_path / "metrics.json", cwd=tmp_path)
+    figures = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert figures["psnr"] > 20 and figures["miou"] > 0.5
+    words = ["--load-config", run, "--output-path", tmp_path / "renders", "--rendered-output-names"]
+    command("ns-render", "dataset", *words, "rgb", "segmentation", "depth", "features_pca", cwd=tmp_path)
+    assert {len(list((tmp_path / "renders" / "test" / name).iterdir())) for name in ("rgb", "segmentation")} == {3}
+    command("ns-export", "gaussian-splat", "--load-config", run, "--output-dir", tmp_path, cwd=tmp_path)
+    saved = read_checkpoint(next((run.parent / "nerfstudio_models").iterdir()))["pipeline"]
+    assert len(PlyData.read(tmp_path / "splat.ply")["vertex"]) == len(saved["_model.gauss_params.means"])
+
+
+def test_our_commands_take_it_too(run, tmp_path, ovs3d):
+    figures = tmp_path / "m.json"
+    assert ovs3d("eval", "--load-config", run, "--output-path", figures, "--no-pictures")[0] == 0
+    assert json.loads(figures.read_text())["miou"] > 0.5
+    words = ["--load-config", run, "--output-path", tmp_path / "r", "--prompts", "a cat; a rocket", "--split", "test"]
+    assert ovs3d("render", "dataset", *words)[0] == 0
+    assert len(list((tmp_path / "r").rglob("labels/*.png"))) == 3
+    words = ["--load-config", run, "--output-dir", tmp_path / "c", "--num-points", 4000]
+    assert ovs3d("export", "pointcloud", *words)[0] == 0
+    assert len(PlyData.read(tmp_path / "c" / "point_cloud.ply")["vertex"]) > 3000
+    prompts = {thing["prompt"] for thing in json.loads((tmp_path / "c" / "objects.json").read_text())["objects"]}
+    assert len(prompts) > 3
+
+
+def test_a_cloud_lies_on_what_is_there(run, pointed, tmp_path, ovs3d):
+    words = ["--load-config", run, "--output-dir", tmp_path, "--num-points", 2000, "--std-ratio", 0]
+    assert ovs3d("export", "pointcloud", *words)[0] == 0
+    table = PlyData.read(tmp_path / "point_cloud.ply")["vertex"].data
+    cloud = np.stack([table[name] for name in "xyz"], -1)
+    true = PlyData.read(pointed / "sparse_pc.ply")["vertex"].data
+    true = np.stack([true[name] for name in "xyz"], -1)
+    nearest = torch.cdist(torch.from_numpy(cloud), torch.from_numpy(true)).amin(1)
+    diagonal = np.linalg.norm(np.ptp(true, axis=0))
+    assert (nearest < 0.02 * diagonal).float().mean() > 0.9
+
+
+def test_prompts_of_the_moment_and_a_click_in_the_viewer(opened):
+    from contextlib import nullcontext
+
+    from nerfstudio.models.splatfacto import SplatfactoModel
+
+    live = LivePrompts(opened.model)
+    live.follow_training()
+    view = LiveModel(live, nullcontext())
+    assert isinstance(view, SplatfactoModel), "the viewer asks"
+    camera = opened.datamanager.eval_dataset.cameras[0:1]
+    opened.eval()
+    outputs = view.get_outputs_for_camera(camera)
+    trained = outputs["segmentation"]
+    live.ask(["a cat", "a space rocket"])
+    assert outputs["segmentation"].shape == trained.shape and not torch.equal(outputs["segmentation"], trained)
+    assert sum(outputs.shares()) == pytest.approx(1)
+    row, col = 30, 48
+    ray = camera.generate_rays(0, coords=torch.tensor([[row + 0.5, col + 0.5]]))
+    point = view.point(ray.origins[0].tolist(), ray.directions[0].tolist())
+    away = torch.tensor(point.position) - ray.origins[0]
+    along = -camera.camera_to_worlds[0, :, 2]
+    assert float(away @ along) == pytest.approx(float(outputs["depth"][row, col]), rel=0.05)
+
+
+def test_what_a_pixel_knows_is_the_sum_over_its_gaussians(opened):
+    """Against gsplat's formula with one channel for each Gaussian: its weight in each pixel."""
+    model, camera = opened.model.eval(), opened.datamanager.eval_dataset.cameras[0:1]
+    with torch.no_grad():
+        outputs = model.get_features_for_camera(camera)
+        chosen = torch.arange(0, model.num_points, 40)
+        parts = [part[chosen] for part in (model.means, model.quats, model.scales.exp())]
+        opacities = model.opacities.sigmoid().squeeze(-1)[chosen]
+        size = int(camera.width), int(camera.height)
+        view = (view_matrix(camera.camera_to_worlds), camera.get_intrinsics_matrices(), *size)
+        weights, _, _ = rasterization(*parts, opacities, torch.eye(len(chosen)), *view)
+        coefficients = weights[0] @ model.semantic_field(parts[0])[0]
+        lone = copy.copy(model)
+        lone.gauss_params = torch.nn.ParameterDict(
+            {n: torch.nn.Parameter(p[chosen]) for n, p in model.gauss_params.items()}
+        )
+        directions = lone.get_features_for_camera(camera)["directions"].float() / 32767
+    expected = torch.nn.functional.normalize(coefficients, dim=-1)
+    there = weights[0].sum(-1) > 0.05
+    assert there.float().mean() > 0.1
+    assert torch.allclose(directions[there], expected[there], atol=2e-3)
+    assert outputs["directions"].shape == directions.shape
+
+
+@pytest.fixture(scope="module")
+def alone(pointed) -> Trained:
+    """A training in this process, on one thread."""
+    return train_steps(config_of(pointed, semantics_start=12, fda_start=14), 20)
+
+
+def test_every_loss_takes_part_and_geometry_stands_still_once_semantics_begin(alone):
+    assert set(alone.losses[11]) == {"main_loss", "scale_reg"}
+    begun = {"feature_loss", "rda_loss", "patch_loss"}
+    assert set(alone.losses[12]) == begun
+    assert set(alone.losses[14]) == begun | {"unmixing_loss", "color_loss", "fda_positive_loss", "fda_negative_loss"}
+    assert all(np.isfinite(list(losses.values())).all() for losses in alone.losses)
+    before, after = alone.snapshots[12], alone.snapshots[20]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith(("semantic_field", "mixture")) for name in moved)
+    first = alone.snapshots[0]
+    assert all(not torch.equal(first[name], before[name]) for name in ("gauss_params.means", "gauss_params.opacities"))
+
+
+def test_the_same_seed_on_one_thread_gives_the_same_run(alone, pointed):
+    again = train_steps(config_of(pointed, semantics_start=12, fda_start=14), 20)
+    assert again.losses == alone.losses
+
+
+def test_gaussians_come_and_go_and_a_checkpoint_brings_them_back(pointed):
+    model = {"stop_split_at": 100, "warmup_length": 4, "refine_every": 5, "densify_grad_thresh": 1e-4}
+    config = config_of(pointed, **model, reset_alpha_every=100, semantics_start=30, fda_start=31)
+    config.pipeline.model.cull_alpha_thresh = 0.05
+    trained = train_steps(config, 32)
+    count = trained.pipeline.model.num_points
+    assert count != len(trained.snapshots[0]["gauss_params.means"])
+    fresh = config_of(pointed, **model, semantics_start=30).pipeline.setup(device="cpu", test_mode="test")
+    parameters = [id(parameter) for parameter in fresh.model.gauss_params.values()]
+    fresh.load_pipeline(trained.pipeline.state_dict(), 31)
+    assert fresh.model.num_points == count
+    assert [id(p) for p in fresh.model.gauss_params.values()] == parameters, "optimizers know them"
+
+
+def test_masks_keep_pixels_from_teaching(pointed, tmp_path):
+    scene = Path(shutil.copytree(pointed, tmp_path / "scene"))
+    meta = json.loads((scene / "transforms.json").read_text())
+    (scene / "masks").mkdir()
+    for n, frame in enumerate(meta["frames"]):
+        frame["mask_path"] = f"masks/{n}.png"
+        mask = np.full((meta["h"], meta["w"]), 255, np.uint8)
+        mask[:, : meta["w"] // 2] = 0
+        Image.fromarray(mask).save(scene / frame["mask_path"])
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    trained = train_steps(config_of(scene, semantics_start=2, fda_start=2), 4)
+    windows = trained.pipeline.datamanager.draw_windows()
+    assert not windows.seen.all() and all(np.isfinite(list(losses.values())).all() for losses in trained.losses)
+
+
+def test_what_gaussians_cannot_do_is_said(pointed, tmp_path):
+    scene = Path(shutil.copytree(pointed, tmp_path / "scene"))
+    meta = json.loads((scene / "transforms.json").read_text())
+    (scene / "transforms.json").write_text(json.dumps(meta | {"k1": 0.1}))
+    words = ["ns-train", "ovs3d-splat-lite", "--output-dir", tmp_path, "--vis", "tensorboard", "--data"]
+    said = " ".join(command(*words, scene, cwd=tmp_path, ok=False).stdout.split())
+    assert "lens distortion" in said and "ovs3d-lite" in said and "Traceback" not in said
+    words += [pointed, "--machine.num-devices", 2, "--machine.device-type", "cpu"]
+    said = " ".join(command(*words, cwd=tmp_path, ok=False).stdout.split())
+    assert "trains in one process" in said and "Traceback" not in said
