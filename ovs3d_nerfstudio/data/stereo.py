@@ -6,7 +6,7 @@ The known points say which pairs look at the same things from a good angle, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 
-from ovs3d_nerfstudio.data.triangulation import Points
+from ovs3d_nerfstudio.data.triangulation import NO_POINTS, Points
 from ovs3d_nerfstudio.data.views import View
 
 REFERENCES = 60
@@ -30,10 +30,14 @@ DISPARITIES = 256
 """Most disparities to search, in pixels."""
 BLOCK = 5
 """Side in pixels of the blocks that are compared."""
+WIDEST = 1.3
+"""Tangent of the angle from the axis, of 52°, beyond which nothing is matched: a pinhole stretches what is there."""
 MARGIN = 1.3
 """How much nearer and farther than the known points is searched."""
-AGREEMENT, WITNESSES = 0.01, 2
-"""Share of its distance within which that many pairs of other views must confirm a point."""
+AGREEMENT, WITNESSES, ASKED = 0.01, 2, 12
+"""Share of its distance within which that many pairs of other views, of the nearest that many, must confirm a point."""
+DRAWN = 6
+"""How many times as many points are drawn as are wanted: as many may be confirmed by none."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,6 @@ class Rectified:
     """The depth of a view as one pair tells it, in a pinhole camera at the view's place."""
 
     view: int
-    partner: int
     rotation: Float[ndarray, "3 3"]
     centre: Float[ndarray, "3"]
     focal: float
@@ -68,12 +71,18 @@ class Rectified:
 
 
 def densify(
-    views: list[View], known: Points, count: int, pool: ThreadPoolExecutor, advance: Callable[[], None]
-) -> tuple[Float[ndarray, "N 3"], UInt8[ndarray, "N 3"]]:
-    """About `count` points, or fewer, and their colours.
+    views: list[View],
+    known: Points,
+    chosen: list[tuple[int, int]],
+    count: int,
+    pool: ThreadPoolExecutor,
+    advance: Callable[[], None],
+) -> Points:
+    """About `count` points, or fewer, each of one view. Equal arguments give equal points.
 
     Args:
-        advance: called once for each pair of `stereo_pairs`.
+        chosen: see `stereo_pairs`.
+        advance: called once for each pair.
     """
 
     def matched(pair: tuple[int, int]) -> Rectified | None:
@@ -81,17 +90,14 @@ def densify(
         advance()
         return depth
 
-    depths = [depth for depth in pool.map(matched, stereo_pairs(views, known)) if depth is not None]
-    if not depths:
-        return np.zeros((0, 3)), np.zeros((0, 3), np.uint8)
-
-    def drawn(k: int) -> tuple[ndarray, ndarray]:
-        return confirmed(depths, k, count)
-
-    found = list(pool.map(drawn, range(len(depths))))
+    depths = [depth for depth in pool.map(matched, chosen) if depth is not None]
+    found = list(pool.map(lambda k: confirmed(depths, k, count), range(len(depths))))
+    if not found:
+        return NO_POINTS
     positions, colours = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    kept = np.random.default_rng(0).permutation(len(positions))[:count]
-    return positions[kept], colours[kept]
+    view = np.repeat([depth.view for depth in depths], [len(part) for part, _ in found])
+    kept = np.sort(np.random.default_rng(0).permutation(len(positions))[:count])
+    return Points(positions[kept], colours[kept], np.arange(len(kept)), view[kept])
 
 
 def stereo_pairs(views: list[View], known: Points) -> list[tuple[int, int]]:
@@ -122,44 +128,59 @@ def stereo_pairs(views: list[View], known: Points) -> list[tuple[int, int]]:
 
 
 def rectified_depth(views: list[View], known: Points, i: int, j: int) -> Rectified | None:
-    """Depth of view i from view j; None where the two cannot be compared."""
+    """Depth of view i from view j; None where there is too much to search."""
     one, other = views[i], views[j]
-    baseline = other.centre - one.centre
-    length = float(np.linalg.norm(baseline))
-    x = baseline / length
+    length = float(np.linalg.norm(other.centre - one.centre))
+    # The pinhole's rows lie along the baseline, so that view i is always the left one; its axis looks between those of both.
+    x = (other.centre - one.centre) / length
     y = np.cross(one.forward + other.forward, x)
     y /= np.linalg.norm(y)
     rotation = np.stack([x, y, np.cross(x, y)])
-    local = (known.positions[known.of(i)] - one.centre) @ rotation.T
-    near, far = np.quantile(local[:, 2], [0.01, 0.99]) * (1 / MARGIN, MARGIN)
+    near, far = np.quantile((known.positions[known.of(i)] - one.centre) @ rotation[2], [0.01, 0.99])
     if near <= 0:
         return None
     focal = float(one.focal.mean())
-    fewest = int(np.floor(focal * length / far))
-    disparities = int(np.ceil((focal * length / near - fewest) / 16)) * 16
+    fewest = int(focal * length / far / MARGIN)
+    disparities = int(np.ceil((focal * length / near * MARGIN - fewest) / 16)) * 16
     if disparities > DISPARITIES:
         return None
-    # The part of the pinhole's plane that view i sees, at most 53° to each side.
     seen = one.rays(one.border()) @ rotation.T
-    seen = np.where(seen[:, 2:] > 0.05, seen[:, :2] / seen[:, 2:].clip(0.05), np.sign(seen[:, :2]) * 1.3)
-    corner, end = np.floor(seen.clip(-1.3, 1.3) * focal).min(0), np.ceil(seen.clip(-1.3, 1.3) * focal).max(0)
-    width, height = (end - corner).astype(int)
+    seen = focal * (seen[:, :2] / seen[:, 2:].clip(1e-3)).clip(-WIDEST, WIDEST)
+    corner = np.floor(seen.min(0))
+    width, height = (np.ceil(seen.max(0)) - corner).astype(int)
     places = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1).reshape(-1, 2) + corner
     directions = np.concatenate([places / focal, np.ones((len(places), 1))], -1) @ rotation
-    greys, seen_in = [], []
-    for view, shift in ((one, 0), (other, fewest)):
-        # The other picture is shifted so that the farthest disparity is 0.
-        moved = directions - shift / focal * x if shift else directions
-        pixels, _ = view.project(view.centre + moved)
-        inside = view.inside(pixels).reshape(height, width)
-        maps = np.nan_to_num(pixels - 0.5, nan=-1e4).astype(np.float32).reshape(height, width, 2)
-        warped = cv2.remap(view.pixels, maps[..., 0], maps[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        greys.append(warped)
-        seen_in.append(inside)
-    matcher = cv2.StereoSGBM_create(
+    left, left_seen = _seen_along(one, directions, height)
+    # The other picture is moved so that the fewest disparity is 0.
+    right, right_seen = _seen_along(other, directions - fewest / focal * x, height)
+    disparity = _disparity(left, right, disparities)
+    columns = np.arange(width) - disparity
+    there = np.take_along_axis(right_seen, columns.round().astype(int).clip(0, width - 1), 1) & (columns >= 0)
+    valid = (disparity > 0) & left_seen & there
+    depth = np.full((height, width), np.nan, np.float32)
+    depth[valid] = focal * length / (disparity[valid] + fewest)
+    return Rectified(i, rotation, one.centre, focal, corner, depth, left)
+
+
+def _seen_along(
+    view: View, directions: Float[ndarray, "N 3"], height: int
+) -> tuple[UInt8[ndarray, "h w 3"], Bool[ndarray, "h w"]]:
+    """What a view sees along directions that fill a picture row by row, and where that counts."""
+    pixels, _ = view.project(view.centre + directions)
+    inside = view.inside(pixels).reshape(height, -1)
+    x, y = np.nan_to_num(pixels - 0.5, nan=-1).astype(np.float32).T.reshape(2, height, -1)
+    return cv2.remap(view.pixels, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), inside
+
+
+def _disparity(
+    left: UInt8[ndarray, "h w 3"], right: UInt8[ndarray, "h w 3"], disparities: int
+) -> Float[ndarray, "h w"]:
+    """How many pixels farther left the right picture shows what the left one does; negative where nobody knows."""
+    matcher = cv2.StereoSGBM.create(
         minDisparity=0,
         numDisparities=disparities,
         blockSize=BLOCK,
+        # OpenCV's advice, for three channels.
         P1=8 * 3 * BLOCK**2,
         P2=32 * 3 * BLOCK**2,
         disp12MaxDiff=1,
@@ -169,26 +190,22 @@ def rectified_depth(views: list[View], known: Points, i: int, j: int) -> Rectifi
         speckleRange=1,
         mode=cv2.STEREO_SGBM_MODE_SGBM_3WAY,
     )
-    # SGBM looks at nothing within `disparities` of the left edge.
-    padded = [cv2.copyMakeBorder(grey, 0, 0, disparities, 0, cv2.BORDER_REPLICATE) for grey in greys]
-    disparity = matcher.compute(*padded)[:, disparities:].astype(float) / 16
-    columns = np.arange(width) - disparity
-    there = np.take_along_axis(seen_in[1], columns.round().astype(int).clip(0, width - 1), 1) & (columns >= 0)
-    valid = (disparity > 0) & seen_in[0] & there
-    depth = np.full((height, width), np.nan)
-    depth[valid] = focal * length / (disparity[valid] + fewest)
-    return Rectified(i, j, rotation, one.centre, focal, corner, depth.astype(np.float32), greys[0])
+    # It looks at nothing within `disparities` of the left edge.
+    padded = [cv2.copyMakeBorder(side, 0, 0, disparities, 0, cv2.BORDER_REPLICATE) for side in (left, right)]
+    return matcher.compute(*padded)[:, disparities:] / 16
 
 
 def confirmed(depths: list[Rectified], k: int, count: int) -> tuple[Float[ndarray, "n 3"], UInt8[ndarray, "n 3"]]:
     """Points of a pair that others confirm, drawn at random: enough that all pairs together give `count`."""
     mine = depths[k]
     rows, columns = np.nonzero(np.isfinite(mine.depth))
-    drawn = np.random.default_rng(k).permutation(len(rows))[: 6 * count // len(depths)]
+    drawn = np.random.default_rng(k).permutation(len(rows))[: DRAWN * count // len(depths)]
     rows, columns = rows[drawn], columns[drawn]
     points = mine.points(rows, columns)
-    apart = [np.linalg.norm(other.centre - mine.centre) if other.view != mine.view else np.inf for other in depths]
-    others = [depths[n] for n in np.argsort(apart, kind="stable")[:12] if np.isfinite(apart[n])]
+    others = sorted(
+        (other for other in depths if other.view != mine.view),
+        key=lambda other: float(np.linalg.norm(other.centre - mine.centre)),
+    )[:ASKED]
     votes = sum((other.agrees(points).astype(int) for other in others), np.zeros(len(points), int))
     kept = votes >= WITNESSES
     return points[kept], mine.pixels[rows[kept], columns[kept]]

@@ -6,7 +6,7 @@ of the picture in which they are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from ovs3d_nerfstudio.data.views import View
 
@@ -28,8 +30,10 @@ EPIPOLAR = 1.5
 """Pixels that a match may lie off its epipolar line, in both pictures."""
 RATIO = 0.85
 """How much nearer, in SIFT space, the best match must be than any other along the same line."""
-REPROJECTION = 1.5
-"""Pixels that a point may lie off each of its features."""
+ALIKE = 0.5
+"""Least cosine of a match's descriptors."""
+LIMITS = (12.0, 3.0, 1.5)
+"""Pixels that a point may lie off each of its features: what lies farther off goes, in as many rounds."""
 LEAST_ANGLE = 1.5
 """Degrees between two of a point's rays: under less, a quarter of a pixel moves it by more than a percent."""
 
@@ -38,10 +42,13 @@ LEAST_ANGLE = 1.5
 class Features:
     """What SIFT finds in a view."""
 
-    pixels: Float[ndarray, "N 2"]
     rays: Float[ndarray, "N 3"]
+    """Unit vectors in the world."""
     descriptors: Float[ndarray, "N 128"]
     """Unit vectors."""
+    colors: UInt8[ndarray, "N 3"]
+    angle: float
+    """Of a pixel of the picture they were found in, in radians."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +77,37 @@ class Points:
         """Which points were found in a view."""
         return self.point[self.view == view]
 
+    def views_of(self) -> Int[ndarray, " N"]:
+        """In how many views each point was found."""
+        return np.bincount(self.point, minlength=len(self.positions))
 
-def triangulate(views: list[View], pool: ThreadPoolExecutor, advance: Callable[[], None]) -> Points:
+
+NO_POINTS = Points(np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0, int), np.zeros(0, int))
+
+
+def triangulate(
+    views: list[View],
+    features: list[Features],
+    chosen: list[tuple[int, int]],
+    pool: ThreadPoolExecutor,
+    advance: Callable[[], None],
+) -> Points:
     """Points that at least two views agree about.
 
     Args:
-        advance: called once for each view and once for each pair of `pairs(views)`.
+        features: of each view, see `find_features`.
+        chosen: which views to match, see `pairs`.
+        advance: called once for each pair.
     """
-
-    def found(view: View) -> Features:
-        features = find_features(view)
-        advance()
-        return features
-
-    features = list(pool.map(found, views))
 
     def matched(pair: tuple[int, int]) -> Int[ndarray, "M 2"]:
         i, j = pair
-        matches = match(views[i], views[j], features[i], features[j])
+        matches = match(views[i].centre, views[j].centre, features[i], features[j])
         advance()
         return matches
 
-    chosen = pairs(views)
     matches = list(pool.map(matched, chosen))
-    return solve(views, features, chain(features, chosen, matches))
+    return solve(np.stack([view.centre for view in views]), features, chain(features, chosen, matches))
 
 
 def pairs(views: list[View]) -> list[tuple[int, int]]:
@@ -113,37 +127,37 @@ def pairs(views: list[View]) -> list[tuple[int, int]]:
 
 def find_features(view: View) -> Features:
     """SIFT's features where the view counts."""
-    sift = cv2.SIFT_create(FEATURES, contrastThreshold=CONTRAST, enable_precise_upscale=True)
+    sift = cv2.SIFT.create(FEATURES, contrastThreshold=CONTRAST, enable_precise_upscale=True)
     grey = cv2.cvtColor(view.pixels, cv2.COLOR_RGB2GRAY)
-    keypoints, descriptors = sift.detectAndCompute(grey, view.seen.astype(np.uint8) * 255)
-    if not keypoints:
-        return Features(np.zeros((0, 2)), np.zeros((0, 3)), np.zeros((0, 128), np.float32))
+    keypoints, found = sift.detectAndCompute(grey, view.seen.astype(np.uint8) * 255)
     # OpenCV's pixel centres lie at whole numbers.
-    pixels = np.array([keypoint.pt for keypoint in keypoints], float) + 0.5
+    pixels = np.array([keypoint.pt for keypoint in keypoints], float).reshape(-1, 2) + 0.5
+    pixels = pixels.clip(0, view.size - 1e-3)
+    descriptors = np.zeros((0, 128), np.float32) if found is None else found
     # Arandjelović and Zisserman, 2012: the root of a descriptor that sums to one compares better.
-    descriptors = np.sqrt(descriptors / descriptors.sum(-1, keepdims=True).clip(1e-6)).astype(np.float32)
-    return Features(pixels, view.rays(pixels), descriptors)
+    descriptors = np.sqrt(descriptors / descriptors.sum(-1, keepdims=True).clip(1e-6))
+    return Features(view.rays(pixels), descriptors, view.colours(pixels), 1 / float(view.focal.mean()))
 
 
-def match(one: View, other: View, a: Features, b: Features) -> Int[ndarray, "M 2"]:
+def match(
+    centre_a: Float[ndarray, "3"], centre_b: Float[ndarray, "3"], a: Features, b: Features
+) -> Int[ndarray, "M 2"]:
     """Pairs of features that are each other's best along their epipolar lines, and clearly so."""
     if not len(a.rays) or not len(b.rays):
         return np.zeros((0, 2), int)
-    baseline = other.centre - one.centre
-    baseline /= np.linalg.norm(baseline)
+    baseline = (centre_b - centre_a) / np.linalg.norm(centre_b - centre_a)
     # A ray's epipolar plane holds it and the baseline; the sine of the angle between the other ray and that plane is how far
     # off the other feature lies.
     across_a, across_b = (np.cross(baseline, rays).astype(np.float32) for rays in (a.rays, b.rays))
     sines_a, sines_b = (np.linalg.norm(across, axis=-1).clip(1e-6) for across in (across_a, across_b))
     off = np.abs(across_a @ b.rays.T.astype(np.float32))
-    near = off < EPIPOLAR / other.focal.mean() * sines_a[:, None]
-    near &= off < EPIPOLAR / one.focal.mean() * sines_b[None]
+    near = off < EPIPOLAR * b.angle * sines_a[:, None]
+    near &= off < EPIPOLAR * a.angle * sines_b[None]
     alike = a.descriptors @ b.descriptors.T
     alike[~near] = -1
-    forth, back = alike.argmax(1), alike.argmax(0)
-    mine = np.arange(len(forth))
+    mine, forth, back = np.arange(len(alike)), alike.argmax(1), alike.argmax(0)
     best = alike[mine, forth]
-    kept = (back[forth] == mine) & (best > 0.5)
+    kept = (back[forth] == mine) & (best > ALIKE)
     alike[mine, forth] = -1
     # Squared distances of unit vectors are 2 − 2 cos.
     kept &= (1 - best) < RATIO**2 * (1 - np.maximum(alike.max(1), alike.max(0)[forth]))
@@ -152,11 +166,10 @@ def match(one: View, other: View, a: Features, b: Features) -> Int[ndarray, "M 2
 
 def chain(features: list[Features], chosen: list[tuple[int, int]], matches: list[ndarray]) -> Track:
     """Tracks: features that matches connect, directly or through others."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
     first = np.cumsum([0, *(len(found.rays) for found in features)])
-    ends = np.concatenate([np.zeros((0, 2), int), *(m + first[[i, j]] for (i, j), m in zip(chosen, matches, strict=True))])
+    ends = np.concatenate(
+        [np.zeros((0, 2), int), *(m + first[[i, j]] for (i, j), m in zip(chosen, matches, strict=True))]
+    )
     total = int(first[-1])
     links = coo_matrix((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), (total, total))
     point = connected_components(links, directed=False)[1]
@@ -171,44 +184,35 @@ def _numbered(track: Track) -> Track:
     return Track(np.unique(track.point, return_inverse=True)[1], track.view, track.feature)
 
 
-def solve(views: list[View], features: list[Features], track: Track) -> Points:
+def solve(centres: Float[ndarray, "V 3"], features: list[Features], track: Track) -> Points:
     """Triangulates tracks; observations that disagree go, and so do points that are then badly seen."""
-    rays, positions = np.zeros((0, 3)), np.zeros((0, 3))
-    centres, pixel = np.stack([v.centre for v in views]), np.array([1 / v.focal.mean() for v in views])
-    for limit in (8 * REPROJECTION, 2 * REPROJECTION, REPROJECTION, None):
+    first = np.cumsum([0, *(len(found.rays) for found in features)])
+    rays = np.concatenate([found.rays for found in features])
+    angles = np.array([found.angle for found in features])
+    for limit in LIMITS:
         if not len(track.point):
-            break
-        rays = np.concatenate([f.rays for f in features])[
-            np.cumsum([0, *(len(f.rays) for f in features)])[track.view] + track.feature
-        ]
-        positions = nearest_to_rays(centres[track.view], rays, track.point)
-        if limit is not None:
-            to = positions[track.point] - centres[track.view]
-            cosines = (to * rays).sum(-1) / np.linalg.norm(to, axis=-1).clip(1e-12)
-            sines = np.linalg.norm(np.cross(to, rays), axis=-1) / np.linalg.norm(to, axis=-1).clip(1e-12)
-            track = _numbered(track.only((cosines > 0) & (sines < limit * pixel[track.view])))
+            return NO_POINTS
+        seen_along, origins = rays[first[track.view] + track.feature], centres[track.view]
+        positions = nearest_to_rays(origins, seen_along, track.point)
+        towards = positions[track.point] - origins
+        towards /= np.linalg.norm(towards, axis=-1, keepdims=True).clip(1e-12)
+        sines = np.linalg.norm(np.cross(towards, seen_along), axis=-1)
+        before = (towards * seen_along).sum(-1) > 0
+        track = _numbered(track.only(before & (sines < limit * angles[track.view])))
+    if not len(track.point):
+        return NO_POINTS
+    seen_along = rays[first[track.view] + track.feature]
+    positions = nearest_to_rays(centres[track.view], seen_along, track.point)
     count = len(positions)
-    if not count:
-        return Points(np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0, int), np.zeros(0, int))
-    # The widest angle of a point's rays with their mean is at least half of that between two of them.
-    mean = _summed(rays, track.point, count)
+    mean = _summed(seen_along, track.point, count)
     mean /= np.linalg.norm(mean, axis=-1, keepdims=True).clip(1e-12)
-    sines = np.linalg.norm(np.cross(mean[track.point], rays), axis=-1)
+    # Two rays are at most twice as far apart as the widest is from their mean.
     widest = np.zeros(count)
-    np.maximum.at(widest, track.point, sines)
-    seen = np.bincount(track.point, minlength=count)
-    kept = (widest > np.sin(np.radians(LEAST_ANGLE) / 2)) & np.isfinite(positions).all(-1)
-    del seen
-    observed = np.concatenate(
-        [
-            views[i].colours(features[i].pixels[track.feature[track.view == i]])
-            for i in range(len(views))
-        ]
-    ).astype(float)
-    order = np.argsort(track.view, kind="stable")
-    colours = _summed(observed, track.point[order], count) / np.bincount(track.point, minlength=count)[:, None]
-    numbers = np.cumsum(kept) - 1
-    chosen = kept[track.point]
+    np.maximum.at(widest, track.point, np.linalg.norm(np.cross(mean[track.point], seen_along), axis=-1))
+    kept = widest > np.sin(np.radians(LEAST_ANGLE) / 2)
+    colours = np.concatenate([found.colors for found in features])[first[track.view] + track.feature].astype(float)
+    colours = _summed(colours, track.point, count) / np.bincount(track.point)[:, None]
+    numbers, chosen = np.cumsum(kept) - 1, kept[track.point]
     return Points(
         positions[kept], colours[kept].round().astype(np.uint8), numbers[track.point[chosen]], track.view[chosen]
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -92,6 +92,17 @@ class View:
         x, y = pixels.astype(int).T
         return self.pixels[y, x]
 
+    def smaller(self, max_side: int) -> View:
+        """The view with no side above `max_side` pixels."""
+        factor = min(1.0, max_side / max(self.size))
+        if factor == 1:
+            return self
+        width, height = (max(1, round(side * factor)) for side in self.size)
+        scale = np.array([width, height]) / self.size
+        seen = cv2.resize(self.seen.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+        pixels = cv2.resize(self.pixels, (width, height), interpolation=cv2.INTER_AREA)
+        return replace(self, pixels=pixels, seen=seen, focal=self.focal * scale, principal=self.principal * scale)
+
     def border(self) -> Float[ndarray, "N 2"]:
         """Pixels all round the edge of the picture."""
         t = np.linspace(0, 1, 33)
@@ -104,34 +115,32 @@ class View:
         return float(np.arccos((self.rays(self.border()) @ self.forward).clip(-1, 1)).max()) + 1e-6
 
 
-def read_view(photo: Path, mask: Path | None, cameras: Cameras, index: int, max_side: int) -> View:
-    """A photo and its camera, made smaller until no side is above `max_side` pixels.
+def read_view(photo: Path, mask: Path | None, cameras: Cameras, index: int) -> View:
+    """A photo and its camera, number `index` of `cameras`: perspective or fisheye.
 
     Raises PictureError when a file is no picture.
     """
     picture = open_picture(photo)
-    factor = min(1.0, max_side / max(picture.size))
-    size = tuple(max(1, round(side * factor)) for side in picture.size)
     alpha = picture.getchannel("A") if picture.mode == "RGBA" else Image.new("L", picture.size, 255)
-    seen = np.asarray(alpha.resize(size, Image.Resampling.NEAREST)) > 127
+    seen = np.asarray(alpha) > 127
     if mask is not None:
-        seen &= np.asarray(open_picture(mask).convert("L").resize(size, Image.Resampling.NEAREST)) > 0
+        seen = seen & (np.asarray(open_picture(mask).convert("L").resize(picture.size, Image.Resampling.NEAREST)) > 0)
     if not seen.all():
-        seen = cv2.erode(seen.astype(np.uint8), np.ones((2 * EDGE + 1,) * 2, np.uint8), borderValue=1) > 0
+        seen = cv2.erode(seen.astype(np.uint8), np.ones((2 * EDGE + 1,) * 2, np.uint8)) > 0
     pose = cameras.camera_to_worlds[index].double().cpu().numpy()
-    numbers = {
-        name: float(getattr(cameras, name)[index].reshape(-1)[0])
-        for name in ("fx", "fy", "cx", "cy", "width", "height", "camera_type")
-    }
-    scale = np.array(size) / (numbers["width"], numbers["height"])
-    distortion = np.zeros(6) if cameras.distortion_params is None else cameras.distortion_params[index].double().cpu()
+    fx, fy, cx, cy, width, height = (
+        float(getattr(cameras, name)[index]) for name in ("fx", "fy", "cx", "cy", "width", "height")
+    )
+    scale = np.array(picture.size) / (width, height)
+    distortion = cameras.distortion_params
     return View(
-        np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BOX)),
+        np.asarray(picture.convert("RGB")),
         seen,
+        # nerfstudio's cameras have y up and look along −z.
         (pose[:, :3] * [1, -1, -1]).T,
         pose[:, 3],
-        scale * (numbers["fx"], numbers["fy"]),
-        scale * (numbers["cx"], numbers["cy"]),
-        np.asarray(distortion),
-        int(numbers["camera_type"]) == CameraType.FISHEYE.value,
+        scale * (fx, fy),
+        scale * (cx, cy),
+        np.zeros(6) if distortion is None else distortion[index].double().cpu().numpy(),
+        int(cameras.camera_type[index]) == CameraType.FISHEYE.value,
     )
