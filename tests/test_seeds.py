@@ -44,6 +44,12 @@ def scenes(tmp_path_factory):
     return scene
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Shared by the tests that do not ask how seeds are found."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def parsed(scene: Path, masks: bool = False, points: bool = False):
     outputs = NerfstudioDataParserConfig(data=scene, load_3D_points=points).setup().get_dataparser_outputs("train")
     if not masks:
@@ -54,7 +60,9 @@ def parsed(scene: Path, masks: bool = False, points: bool = False):
 def seeds_of(outputs, cache: Path) -> tuple[Seeds, str]:
     """The seeds, and what was printed."""
     printed = io.StringIO()
-    return seed_points(outputs, outputs.image_filenames, outputs.cameras, cache, Console(file=printed)), printed.getvalue()
+    return seed_points(
+        outputs, outputs.image_filenames, outputs.cameras, cache, Console(file=printed)
+    ), printed.getvalue()
 
 
 def to_data(outputs, points: np.ndarray) -> np.ndarray:
@@ -72,27 +80,21 @@ def hits(outputs, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index, distance
 
 
-def on_surfaces(outputs, positions: np.ndarray) -> float:
-    """Share of the points that lie within 2 % of the way from some camera on the first surface that it meets."""
-    return float((np.abs(hits(outputs, positions)[1] - 1).min(0) < 0.02).mean())
-
-
 @pytest.mark.parametrize("lens", [None, "OPENCV", "OPENCV_FISHEYE"])
-def test_points_lie_on_surfaces_in_the_training_frame(scenes, tmp_path, lens):
+def test_points_lie_on_surfaces_in_the_training_frame(scenes, cache, lens):
     outputs = parsed(scenes(lens))
-    seeds, printed = seeds_of(outputs, tmp_path)
-    assert seeds.positions.shape == seeds.colors.shape and len(seeds.positions) > 3000
+    seeds, _ = seeds_of(outputs, cache)
+    assert seeds.positions.shape == seeds.colors.shape and len(seeds.positions) > 10_000
     assert (seeds.positions.dtype, seeds.colors.dtype) == (np.float32, np.uint8)
-    index, distance = hits(outputs, seeds.positions)
-    print(lens, len(seeds.positions), on_surfaces(outputs, seeds.positions), (distance.max(0) < 1.05).mean(), seeds.origin)
-    assert on_surfaces(outputs, seeds.positions) > 0.9
+    _, distance = hits(outputs, seeds.positions)
+    assert (np.abs(distance - 1).min(0) < 0.02).mean() > 0.94  # on what some camera meets first
+    assert (distance.max(0) < 1.05).mean() > 0.9  # and before what none does
     assert "random" not in seeds.origin and f"{len(seeds.positions):,} points found in the photos" in seeds.origin
-    assert "Stereo" in printed
 
 
-def test_many_things_get_points_with_their_colours(scenes, tmp_path):
+def test_all_things_get_points_with_their_colours(scenes, cache):
     outputs = parsed(scenes())
-    seeds, _ = seeds_of(outputs, tmp_path)
+    seeds, _ = seeds_of(outputs, cache)
     index, distance = hits(outputs, seeds.positions)
     nearest = np.abs(distance - 1).argmin(0)
     solid = np.take_along_axis(index, nearest[None], 0)[0]
@@ -103,8 +105,7 @@ def test_many_things_get_points_with_their_colours(scenes, tmp_path):
     seen = (np.abs(distance[0] - 1) < 0.01) & (pixels > 1).all(1) & (pixels < np.array(photo.shape[1::-1]) - 1).all(1)
     x, y = pixels[seen].astype(int).T
     off = np.abs(photo[y, x] - seeds.colors[seen]).mean()
-    print(seen.sum(), off)
-    assert seen.sum() > 300 and off < 20
+    assert seen.sum() > 3000 and off < 15
 
 
 def test_points_of_the_data_are_used_as_they_are(scenes, tmp_path):
@@ -133,12 +134,12 @@ def test_points_of_the_data_are_used_as_they_are(scenes, tmp_path):
         seeds_of(outputs, tmp_path / "cache")
 
 
-def test_masks_keep_points_away(scenes, tmp_path):
+def test_masks_keep_points_away(scenes, cache):
     cat = [i for i, solid in enumerate(SOLIDS) if solid.name == "cat"]
 
     def on_the_cat(masks: bool) -> float:
         outputs = parsed(scenes(), masks)
-        index, distance = hits(outputs, seeds_of(outputs, tmp_path)[0].positions)
+        index, distance = hits(outputs, seeds_of(outputs, cache)[0].positions)
         return float((np.isin(index, cat) & (np.abs(distance - 1) < 0.01)).any(0).mean())
 
     assert on_the_cat(masks=False) > 0.03
@@ -152,14 +153,14 @@ def test_plain_photos_begin_at_random_where_cameras_look_and_say_so(scenes, tmp_
         Image.new("RGB", (WIDTH, WIDTH * 3 // 4), (200, 190, i)).save(outputs.image_filenames[i])
     seeds, _ = seeds_of(outputs, tmp_path)
     assert len(seeds.positions) == RANDOM and (seeds.colors[:, :2] == (200, 190)).all()
-    assert f"0 points found in the photos" in seeds.origin and f"{RANDOM:,} random ones" in seeds.origin
+    assert "at 0 points found in the photos" in seeds.origin and f"{RANDOM:,} random ones" in seeds.origin
     views = [module.read_view(path, None, outputs.cameras, i) for i, path in enumerate(outputs.image_filenames)]
     seen = np.sum([view.inside(view.project(seeds.positions.astype(float))[0]) for view in views], 0)
     assert np.median(seen) >= 0.8 * len(views) and seen.min() >= 2
 
 
 def test_few_points_are_kept_among_random_ones(scenes, tmp_path):
-    """Two views with one small patch of texture."""
+    """A small patch of each photo has texture."""
     outputs = parsed(scenes())
     for i, path in enumerate(outputs.image_filenames):
         photo = np.asarray(Image.open(path)).copy()
@@ -169,7 +170,6 @@ def test_few_points_are_kept_among_random_ones(scenes, tmp_path):
         Image.fromarray(photo).save(outputs.image_filenames[i])
     seeds, _ = seeds_of(outputs, tmp_path)
     found = int(seeds.origin.split(" points found")[0].split()[-1].replace(",", ""))
-    print(seeds.origin)
     assert 0 < found < FEWEST and len(seeds.positions) == RANDOM
 
 

@@ -100,7 +100,8 @@ def seed_points(
         return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
     cache.fill(key, make, wait=True)
-    tensors = {name: tensor.numpy() for name, tensor in cache.load(key).items()}
+    # Copies: what the cache loads lies in its file, which may change under a long run.
+    tensors = {name: tensor.numpy().copy() for name, tensor in cache.load(key).items()}
     return Seeds(tensors["positions"], tensors["colors"], _origin(*tensors["counts"].tolist()))
 
 
