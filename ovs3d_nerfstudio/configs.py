@@ -19,11 +19,13 @@ from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from ovs3d_nerfstudio.data import rays
+from ovs3d_nerfstudio.data.images import OVS3DImagesConfig
 from ovs3d_nerfstudio.data.rays import OVS3DDataManagerConfig
 from ovs3d_nerfstudio.engine import trainer
 from ovs3d_nerfstudio.engine.trainer import OVS3DTrainerConfig
 from ovs3d_nerfstudio.models import nerf
 from ovs3d_nerfstudio.models.nerf import OVS3DModelConfig
+from ovs3d_nerfstudio.models.splat import OVS3DSplatModelConfig
 from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
 
 
@@ -35,14 +37,12 @@ class FusedAdamOptimizerConfig(AdamOptimizerConfig):
     """Whether to use torch's fused implementation."""
 
 
-def _optimizers(steps: int) -> dict:
-    """Adam, decayed to a tenth over the run (3D-OVS): 0.01–0.02 for grids, less for networks."""
+def _optimizers(steps: int, first: int = 0) -> dict:
+    """Adam, decayed to a tenth over `steps` from step `first` on (3D-OVS): 0.01–0.02 for grids, less for networks."""
 
     def group(lr: float) -> dict:
-        return {
-            "optimizer": FusedAdamOptimizerConfig(lr=lr, eps=1e-15),
-            "scheduler": ExponentialDecaySchedulerConfig(lr_final=lr / 10, max_steps=steps),
-        }
+        decay = ExponentialDecaySchedulerConfig(lr_final=lr / 10, max_steps=first + steps, warmup_steps=first)
+        return {"optimizer": FusedAdamOptimizerConfig(lr=lr, eps=1e-15), "scheduler": decay}
 
     return {
         "proposal_networks": group(1e-2),
@@ -62,15 +62,9 @@ def _device() -> Literal["cpu", "cuda", "mps"]:
 
 
 def _trainer(
-    name: str, steps: int, rays_a_step: int, windows: dict[str, int], model: OVS3DModelConfig, **pipeline
+    name: str, steps: int, datamanager: Any, model: Any, optimizers: dict, **pipeline: Any
 ) -> OVS3DTrainerConfig:
-    """The recipe: `rays_a_step`, and what the variant changes of the windows beside them."""
-    datamanager = OVS3DDataManagerConfig(
-        dataparser=NerfstudioDataParserConfig(),
-        train_num_rays_per_batch=rays_a_step,
-        eval_num_rays_per_batch=rays_a_step,
-        **windows,  # type: ignore[arg-type]
-    )
+    """What all methods have in common."""
     return OVS3DTrainerConfig(
         method_name=name,
         machine=MachineConfig(device_type=_device()),
@@ -78,12 +72,40 @@ def _trainer(
         steps_per_save=2000,
         steps_per_eval_batch=500,
         steps_per_eval_image=2000,
-        mixed_precision=True,
         pipeline=OVS3DPipelineConfig(datamanager=datamanager, model=model, **pipeline),
-        optimizers=_optimizers(steps),
+        optimizers=optimizers,
         viewer=ViewerConfig(num_rays_per_chunk=1 << 15),
         vis="viewer",
     )
+
+
+def _nerf(
+    name: str, steps: int, rays_a_step: int, windows: dict[str, int], model: OVS3DModelConfig, **pipeline: Any
+) -> OVS3DTrainerConfig:
+    """The recipe for rays: `rays_a_step`, and what the variant changes of the windows beside them."""
+    datamanager = OVS3DDataManagerConfig(
+        dataparser=NerfstudioDataParserConfig(),
+        train_num_rays_per_batch=rays_a_step,
+        eval_num_rays_per_batch=rays_a_step,
+        **windows,  # type: ignore[arg-type]
+    )
+    trainer = _trainer(name, steps, datamanager, model, _optimizers(steps), **pipeline)
+    trainer.mixed_precision = True
+    return trainer
+
+
+def _splat(
+    name: str, geometry: int, semantics: int, windows: dict[str, int], model: OVS3DSplatModelConfig, **pipeline: Any
+) -> OVS3DTrainerConfig:
+    """The recipe for Gaussians: steps of geometry, and of semantics behind them. In single precision, as splatfacto."""
+    datamanager = OVS3DImagesConfig(
+        dataparser=NerfstudioDataParserConfig(load_3D_points=True),
+        cache_images_type="uint8",
+        **windows,  # type: ignore[arg-type]
+    )
+    model.semantics_start, model.fda_start = geometry, geometry + semantics // 12
+    optimizers = _splat_optimizers(geometry, semantics)
+    return _trainer(name, geometry + semantics, datamanager, model, optimizers, **pipeline)
 
 
 _UNMIXING: dict[str, Any] = {
@@ -101,7 +123,7 @@ _UNMIXING: dict[str, Any] = {
     "class_scores": "auto",
 }
 
-_paper = _trainer(
+_paper = _nerf(
     "ovs3d-paper",
     30000,
     4096,
@@ -109,7 +131,7 @@ _paper = _trainer(
     OVS3DModelConfig(eval_num_rays_per_chunk=1 << 15),
 )
 
-_best = _trainer(
+_best = _nerf(
     "ovs3d",
     30000,
     4096,
@@ -117,7 +139,28 @@ _best = _trainer(
     OVS3DModelConfig(eval_num_rays_per_chunk=1 << 15, **_UNMIXING),
 )
 
-_lite = _trainer(
+
+def _splat_optimizers(geometry: int, semantics: int) -> dict:
+    """Splatfacto's for Gaussians, which move for `geometry` steps; ours for the `semantics` steps behind them."""
+
+    def group(lr: float, last: float | None = None, eps: float = 1e-15) -> dict:
+        decay = None if last is None else ExponentialDecaySchedulerConfig(lr_final=last, max_steps=geometry)
+        return {"optimizer": FusedAdamOptimizerConfig(lr=lr, eps=eps), "scheduler": decay}
+
+    ours = _optimizers(semantics, geometry)
+    return {
+        "means": group(1.6e-4, 1.6e-6),
+        "features_dc": group(2.5e-3),
+        "features_rest": group(2.5e-3 / 20),
+        "opacities": group(5e-2),
+        "scales": group(5e-3),
+        "quats": group(1e-3),
+        "camera_opt": group(1e-4, 5e-7),
+        **{name: ours[name] for name in ("semantic_grid", "semantic_head", "patch_mixture")},
+    }
+
+
+_lite = _nerf(
     "ovs3d-lite",
     1500,
     1024,
@@ -153,11 +196,43 @@ _lite = _trainer(
     token_encoder="offline",
 )
 
+_splat_best = _splat(
+    "ovs3d-splat",
+    7000,
+    3000,
+    {"num_windows": 4, "window_size": 16, "rays_a_token": 2},
+    OVS3DSplatModelConfig(resolution_schedule=1000, stop_split_at=5000, **_UNMIXING),
+)
+
+_splat_lite = _splat(
+    "ovs3d-splat-lite",
+    700,
+    800,
+    {"num_windows": 1, "window_size": 16, "rays_a_token": 2},
+    OVS3DSplatModelConfig(
+        num_downscales=0,
+        sh_degree=0,
+        ssim_lambda=0.0,
+        stop_split_at=0,
+        semantic_levels=12,
+        semantic_log2_hashmap_size=17,
+        semantic_max_res=512,
+        **_UNMIXING,
+        fda_pairs=4096,
+    ),
+    image_text_encoder="offline",
+    token_encoder="offline",
+)
+
 ovs3d = MethodSpecification(
     _best, "3D-OVS with patches unmixed: open-vocabulary 3D segmentation from photos and prompts; one GPU of 8–16 GB."
 )
 ovs3d_paper = MethodSpecification(
     _paper, "3D-OVS with the paper's losses alone, to reproduce and to compare; one GPU of 8–16 GB."
+)
+ovs3d_splat = MethodSpecification(_splat_best, "3D-OVS on Gaussian splats: renders in real time; one GPU of 8 GB.")
+ovs3d_splat_lite = MethodSpecification(
+    _splat_lite, "3D-OVS on Gaussian splats for a laptop: minutes on a CPU, no download."
 )
 ovs3d_lite = MethodSpecification(_lite, "3D-OVS for a laptop: minutes on a CPU or a small GPU, no download.")
 

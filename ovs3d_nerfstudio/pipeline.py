@@ -17,7 +17,8 @@ from rich.markup import escape
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ovs3d_nerfstudio.data.rays import OVS3DDataManager, OVS3DDataManagerConfig
+from ovs3d_nerfstudio.data.rays import OVS3DDataManagerConfig
+from ovs3d_nerfstudio.data.teaching import TeachingConfig
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
 from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.engine.anomaly import LossGuard
@@ -26,7 +27,9 @@ from ovs3d_nerfstudio.engine.option_checks import OptionError, check_config, che
 from ovs3d_nerfstudio.errors import CommandError, reason, user_errors
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
 from ovs3d_nerfstudio.features.basis import Basis, fit_basis
-from ovs3d_nerfstudio.models.nerf import OVS3DModel, OVS3DModelConfig
+from ovs3d_nerfstudio.memory import told_what_to_lower
+from ovs3d_nerfstudio.models.nerf import OVS3DModelConfig
+from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
 from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts.palette import save_legend
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
@@ -47,8 +50,8 @@ class OVS3DPipelineConfig(VanillaPipelineConfig):
     """Prompts, encoders, and what nerfstudio's pipeline has."""
 
     _target: type = field(default_factory=lambda: OVS3DPipeline)
-    datamanager: OVS3DDataManagerConfig = field(default_factory=OVS3DDataManagerConfig)
-    model: OVS3DModelConfig = field(default_factory=OVS3DModelConfig)
+    datamanager: TeachingConfig = field(default_factory=OVS3DDataManagerConfig)  # type: ignore[assignment]
+    model: SemanticModelConfig = field(default_factory=OVS3DModelConfig)  # type: ignore[assignment]
     prompts: str = ""
     """What to segment, separated by semicolons: "red apple; banana; white mattress". Name the background too."""
     prompts_file: Path | None = None
@@ -63,7 +66,8 @@ class OVS3DPipeline(VanillaPipeline):
     """Extracts features when training asks for its first batch; everything else opens without features or encoders."""
 
     config: OVS3DPipelineConfig
-    datamanager: OVS3DDataManager
+    datamanager: Any
+    """CheckedData and Teaching, whatever draws its pixels."""
 
     def __init__(
         self,
@@ -78,7 +82,6 @@ class OVS3DPipeline(VanillaPipeline):
             check_options(config)
             check_device("--machine.device-type", str(device))
         config.model.num_scales = len(config.datamanager.scales)
-        start = config.model.average_init_density, config.model.near_plane
         # As if alone: nerfstudio would wrap the model for gradients to be averaged right away, when its parameters do not
         # have their sizes yet, and for CUDA only. See `prepare_features`.
         super().__init__(config, device, test_mode, grad_scaler=grad_scaler)
@@ -96,22 +99,12 @@ class OVS3DPipeline(VanillaPipeline):
                 data = self.datamanager.config.data
                 self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
                 CONSOLE.print(escape(origin))
-                if None in start:
-                    CONSOLE.print(self._how_captured())
+                for remark in self.model.remarks:
+                    CONSOLE.print(escape(remark))
             evaluator = self.evaluator = self.model.evaluator = self._evaluator()
             if test_mode == "val" and evaluator is not None:
                 cameras = self.datamanager.eval_dataset.cameras
                 evaluator.check(torch.cat([cameras.height, cameras.width], -1).tolist())
-
-    def _how_captured(self) -> str:
-        """What was chosen by the capture, and how to choose otherwise."""
-        capture, model = self.datamanager.train_dataset.metadata["capture"], self.config.model
-        kind = "all around the scene" if capture.around else "from the front"
-        return (
-            f"Captured {kind} (the cameras turn through {capture.turn:.0f}°): geometry starts with density "
-            f"{model.average_init_density:.2g} from the near plane {model.near_plane:.2g} on. Choose otherwise with "
-            "--pipeline.model.average-init-density and --pipeline.model.near-plane."
-        )
 
     def _evaluator(self) -> Evaluator | None:
         datamanager = self.datamanager
@@ -122,7 +115,7 @@ class OVS3DPipeline(VanillaPipeline):
         return Evaluator.of_scene(Path(data), split, [*datamanager.train_dataset.image_filenames, *split])
 
     @property
-    def model(self) -> OVS3DModel:
+    def model(self) -> SemanticModel:
         return super().model  # type: ignore[return-value]
 
     @single_precision()
@@ -139,9 +132,10 @@ class OVS3DPipeline(VanillaPipeline):
                 f"is {encoder.fingerprint}; go on with the encoder of the run, or start a new one."
             )
         views = self.datamanager.extract_features(encoder, token_encoder(config.token_encoder, self.device))
-        text = ranks.from_first(
-            lambda: encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)
-        )
+        with told_what_to_lower("loading the encoder"):
+            text = ranks.from_first(
+                lambda: encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)
+            )
         # The encoders drew as many random numbers as it took to load what the cache lacked: the run shall not depend on it.
         torch.manual_seed(torch.initial_seed())
         known = segmenter.ready and segmenter.prompts == self.chosen_prompts
@@ -240,12 +234,12 @@ class OVS3DPipeline(VanillaPipeline):
         return outputs, loss_dict, metrics_dict
 
     def get_eval_image_metrics_and_images(self, step: int):
-        with user_errors():
+        with user_errors(), told_what_to_lower("rendering"):
             metrics, images = super().get_eval_image_metrics_and_images(step)
         return metrics | self._segmentation_metrics(), images
 
     def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with user_errors():
+        with user_errors(), told_what_to_lower("rendering"):
             if not len(self.datamanager.eval_dataset):
                 raise CommandError(
                     f"No photo of {self.datamanager.config.data} is held out, so there is nothing to evaluate; split the data "
@@ -254,9 +248,10 @@ class OVS3DPipeline(VanillaPipeline):
             return super().get_average_eval_image_metrics(*args, **kwargs)
 
     def get_average_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with user_errors():
+        with user_errors(), told_what_to_lower("rendering"):
             self.datamanager.require_eval_photos()
-        return super().get_average_image_metrics(*args, **kwargs) | self._segmentation_metrics()
+            metrics = super().get_average_image_metrics(*args, **kwargs)
+        return metrics | self._segmentation_metrics()
 
     def _segmentation_metrics(self) -> dict[str, float]:
         """What the model's evaluator has gathered since the last call."""

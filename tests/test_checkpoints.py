@@ -9,9 +9,11 @@ import children
 import numpy as np
 import pytest
 import torch
+import yaml
 from children import checkpoint_folder, run_folder
-from nerfstudio.utils.eval_utils import eval_load_checkpoint
+from nerfstudio.utils.eval_utils import eval_load_checkpoint, eval_setup
 
+from ovs3d_nerfstudio.cli.common import open_run
 from ovs3d_nerfstudio.engine.checkpoints import (
     TINY_CUDA_NN,
     CheckpointError,
@@ -196,3 +198,26 @@ def test_a_step_or_a_file_that_is_not_there_is_said(run, weights, tmp_path):
     assert child.end() == 1 and "step-000000003.ckpt" in child.text and "Traceback" not in child.text
     child = resumed(run, weights, tmp_path / "other", load_dir=tmp_path)
     assert child.end() == 1 and "no checkpoint that can be read" in child.text and "Traceback" not in child.text
+
+
+def test_a_run_of_version_0_1_opens_by_nerfstudio_and_by_us(run, tmp_path, monkeypatch):
+    """Its config.yml names modules that have moved, and perhaps a method that has another name now."""
+    monkeypatch.chdir(tmp_path)
+    moved = {"models.nerf": "model", "data.rays": "datamanager", "engine.trainer": "trainer"}
+    folder = Path(shutil.copytree(run_folder(run), tmp_path / "out" / "run" / "ovs3d-plus" / "t"))
+    text = (folder / "config.yml").read_text()
+    for new, old in moved.items():
+        assert f"ovs3d_nerfstudio.{new}." in text
+        text = text.replace(f"ovs3d_nerfstudio.{new}.", f"ovs3d_nerfstudio.{old}.")
+    config = yaml.load(text.replace("method_name: ovs3d-lite", "method_name: ovs3d-plus"), Loader=yaml.Loader)
+    config.output_dir = tmp_path / "out"
+    assert (config.method_name, config.get_base_dir()) == ("ovs3d", folder)
+    written = yaml.dump(config)
+    for new, old in moved.items():
+        written = written.replace(f"ovs3d_nerfstudio.{new}.", f"ovs3d_nerfstudio.{old}.")
+    written = written.replace("method_name: ovs3d\n", "method_name: ovs3d-plus\n").replace(
+        "folder_name: ovs3d-plus\n", ""
+    )
+    (folder / "config.yml").write_text(written)
+    for opened in (eval_setup(folder / "config.yml", test_mode="test"), open_run(folder)):
+        assert opened[1].model.segmenter.ready and opened[3] == STEPS - 1

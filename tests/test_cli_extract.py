@@ -1,12 +1,15 @@
 """`ovs3d extract` fills the very cache that training reads; `ovs3d demo` runs the demo."""
 
+import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from conftest import command
 from PIL import Image
 
+from ovs3d_nerfstudio import __version__
 from ovs3d_nerfstudio.cli import demo
 
 
@@ -82,3 +85,10 @@ def test_demo_leaves_a_folder_of_something_else_alone(ovs3d, tmp_path):
     status, printed = ovs3d("demo", "--folder", tmp_path)
     assert status == 1 and "not the demo scene" in printed
     assert [path.name for path in (tmp_path / "scene").iterdir()] == ["letter.txt"]
+
+
+def test_the_version_names_what_an_answer_depends_on(ovs3d):
+    status, said = ovs3d("--version")
+    assert status == 0
+    assert re.fullmatch(rf"ovs3d_nerfstudio {re.escape(__version__)}, nerfstudio 1\.\S+, torch \d\S+, \S.*", said)
+    assert version("ovs3d-nerfstudio") == __version__

@@ -141,12 +141,6 @@ def test_shapes_and_dtypes() -> None:
         FastHashEncoding(implementation="tcnn")
 
 
-def test_without_a_backend_it_is_nerfstudio(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference, fast = pair()
-    monkeypatch.setattr(hash_grid, "_backend", lambda device: None)
-    assert torch.equal(fast(points(20)), reference(points(20)))
-
-
 def test_state_dicts_are_interchangeable() -> None:
     reference, fast = pair()
     assert {k: v.shape for k, v in fast.state_dict().items()} == {k: v.shape for k, v in reference.state_dict().items()}

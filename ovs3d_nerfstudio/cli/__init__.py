@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=words[1:], description=purpose)
     # Imported here: `--help` needs none of it.
     from ovs3d_nerfstudio.errors import user_errors
+    from ovs3d_nerfstudio.memory import told_what_to_lower
 
-    with user_errors():
+    with user_errors(), told_what_to_lower("rendering"):
         command.main()
 
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from ovs3d_nerfstudio.cli.points import LabelledPoints, classify
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
 MOST_TRIES = 20
@@ -57,7 +57,7 @@ def sample_cloud(pipeline: OVS3DPipeline, num_points: int, rays_per_batch: int, 
 
 
 @contextmanager
-def _labels_in_outputs(model: OVS3DModel) -> Iterator[None]:
+def _labels_in_outputs(model: SemanticModel) -> Iterator[None]:
     """Adds `label` and `probability` of each ray to the model's outputs, which are for the eye otherwise."""
     shown = model.shown
 

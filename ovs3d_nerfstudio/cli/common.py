@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from nerfstudio.configs.method_configs import all_methods
@@ -46,7 +46,7 @@ def open_run(
         pipeline = config.pipeline
         if not isinstance(pipeline, OVS3DPipelineConfig):
             raise CommandError(f"{load_config} is a run of {config.method_name}; name one of {known}.")
-        datamanager = pipeline.datamanager
+        datamanager: Any = pipeline.datamanager
         datamanager.data = data or datamanager.data
         place = Path(datamanager.data or datamanager.dataparser.data)
         if not place.exists():

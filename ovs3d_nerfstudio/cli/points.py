@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.models.semantics import SemanticModel
 
 CHUNK = 1 << 16
 """Points labelled at once."""
@@ -46,7 +46,9 @@ class LabelledPoints:
         return LabelledPoints(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
 
-def classify(model: OVS3DModel, coefficients: Float[Tensor, "*n K"]) -> tuple[Int[Tensor, "*n"], Float[Tensor, "*n"]]:
+def classify(
+    model: SemanticModel, coefficients: Float[Tensor, "*n K"]
+) -> tuple[Int[Tensor, "*n"], Float[Tensor, "*n"]]:
     """The winning class and its probability, at the temperature that FDA had in training."""
     p = (model.class_scores(coefficients) / model.fda_temperature()).softmax(-1)
     probability, label = p.max(-1)
@@ -55,7 +57,7 @@ def classify(model: OVS3DModel, coefficients: Float[Tensor, "*n K"]) -> tuple[In
 
 @torch.no_grad()
 def label_positions(
-    model: OVS3DModel, positions: Float[np.ndarray, "N 3"]
+    model: SemanticModel, positions: Float[np.ndarray, "N 3"]
 ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
     """Class and probability of points in the model's frame, from the semantic field at these very points."""
     labels, probabilities = [], []

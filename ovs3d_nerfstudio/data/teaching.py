@@ -88,8 +88,8 @@ class Teaching(DataManager):
         views = indices[:, 0].to(self.device, non_blocking=True)
         return self.teachers.at(indices[:, 0], y, x), self.teachers.ranges[views]
 
-    def photos_in_memory(self) -> Mapping[int, Float[Tensor, "H W c"]]:
-        """The photos that need not be read for a step, by their views."""
+    def photos_in_memory(self) -> Mapping[int, Tensor]:
+        """The photos that need not be read for a step, H×W×c by their views; in [0, 1], or in bytes."""
         return {}
 
     def draw_windows(self, colors: bool = False) -> Windows | None:
@@ -109,6 +109,7 @@ class Teaching(DataManager):
             for rays in windows.pixels.split(windows.side**2):
                 view = int(rays[0, 0])
                 photo = photos[view] if photos else self.train_dataset.get_image_float32(view)
-                colored.append(photo[rays[:, 1], rays[:, 2], :3])
+                seen = photo[rays[:, 1], rays[:, 2], :3]
+                colored.append(seen.float() / 255 if seen.dtype == torch.uint8 else seen)
             windows.colors = torch.stack(colored).to(self.device, non_blocking=True)
         return windows

@@ -24,9 +24,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ovs3d_nerfstudio.errors import UserError, reason
+from ovs3d_nerfstudio.memory import in_batches
 
 IMAGE_TEXT_ENCODERS = "ovs3d.image_text_encoders"
 TOKEN_ENCODERS = "ovs3d.token_encoders"
+
+CUT_BYTES = 1 << 28
+"""Most that cutting crops out of a picture takes beside the picture and the crops, whatever the size of either."""
+BYTES_A_SAMPLE = 20
+"""A point of the picture that is looked up: where it lies, and its colour."""
 
 
 class EncoderError(UserError):
@@ -58,7 +64,8 @@ class ImageTextEncoder(ABC):
     input_size: int = 224
     """Side in pixels of the square crops that `embed_crops` takes."""
     batch_size: int = 64
-    """Crops embedded at once."""
+    """Crops embedded at once. Where memory runs out it is halved, and stays so: embeddings may then differ in their last
+    bits from those of a machine with more."""
     cpu_batch_size: int = 8
     """The same on a CPU, whose caches a large batch overflows: EfficientNet-Lite0 embeds twice as many crops a second."""
 
@@ -98,13 +105,17 @@ class ImageTextEncoder(ABC):
             boxes: left, top, right, bottom in pixels of `picture`, all of about one size (one scale of the pyramid).
             path: where the picture was read from; for encoders that know more about a view than its pixels.
         """
-        pixels = (picture.to(self.device).permute(2, 0, 1)[None].float() / 255).contiguous()
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].contiguous().float().div_(255)
         side = float((boxes[:, 2:] - boxes[:, :2]).max())
         # One sample for every source pixel: without it a large crop shrunk to `input_size` would alias.
         samples = max(1, round(side / self.input_size))
-        embeddings = []
-        for batch in boxes.to(self.device, torch.float32).split(self.batch_size):
-            embeddings.append(self.embed_crops(cut_boxes(pixels, batch, self.input_size, samples)).float().cpu())
+        boxes, embeddings = boxes.to(self.device, torch.float32), []
+
+        def embed(start: int, stop: int) -> None:
+            crops = cut_boxes(pixels, boxes[start:stop], self.input_size, samples)
+            embeddings.append(self.embed_crops(crops).float().cpu())
+
+        self.batch_size = in_batches(len(boxes), self.batch_size, embed)
         return F.normalize(torch.cat(embeddings), dim=-1)
 
     def embed_crops(self, crops: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
@@ -132,17 +143,31 @@ def cut_boxes(
 ) -> Float[Tensor, "B 3 size size"]:
     """Boxes (left, top, right, bottom in pixels) cut out and resized to `size`, bilinear, the mean of samples² points a pixel.
 
-    What torchvision's `roi_align` gives, in half of its time on a CPU.
+    What torchvision's `roi_align` gives, in half of its time on a CPU. So many boxes, or rows of one, are looked up at once
+    as `CUT_BYTES` allow; each sample is worked out by itself, so that the numbers do not depend on it.
     """
     height, width = pixels.shape[-2:]
     at = (torch.arange(size * samples, device=boxes.device) + 0.5) / (size * samples)
     x, y = (boxes[:, i, None] + at * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
     x, y = (x / width * 2 - 1)[:, None, :], (y / height * 2 - 1)[:, :, None]
+    crops = pixels.new_empty(len(boxes), pixels.shape[1], size, size)
+    row_bytes = BYTES_A_SAMPLE * size * samples**2
+    rows, count = min(size, max(1, CUT_BYTES // row_bytes)), max(1, CUT_BYTES // (row_bytes * size))
+    for first in range(0, len(boxes), count):
+        some = slice(first, first + count)
+        for top in range(0, size, rows):
+            part = slice(top * samples, (top + rows) * samples)
+            crops[some, :, top : top + rows] = _looked_up(pixels, x[some], y[some, part], samples)
+    return crops
+
+
+def _looked_up(pixels: Tensor, x: Float[Tensor, "B 1 w"], y: Float[Tensor, "B h 1"], samples: int) -> Tensor:
+    """Means of samples² points each, at columns x and rows y in [−1, 1]."""
     grid = torch.stack(torch.broadcast_tensors(x, y), -1)
-    crops = F.grid_sample(
-        pixels.expand(len(boxes), -1, -1, -1), grid, mode="bilinear", padding_mode="border", align_corners=False
+    points = F.grid_sample(
+        pixels.expand(len(grid), -1, -1, -1), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
-    return F.avg_pool2d(crops, samples) if samples > 1 else crops
+    return F.avg_pool2d(points, samples) if samples > 1 else points
 
 
 def pool_boxes(feature_map: Float[Tensor, "C h w"], boxes: Float[Tensor, "B 4"]) -> Float[Tensor, "B C"]:

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from ovs3d_nerfstudio.encoders.base import EncoderError, TokenEncoder, file_digest
 from ovs3d_nerfstudio.errors import reason
+from ovs3d_nerfstudio.memory import is_out_of_memory, told_what_to_lower
 
 DEFAULT = "facebook/dino-vitb8"
 """The paper's model: DINO (Caron et al., 2021), ViT-B, patches of 8 pixels."""
@@ -71,7 +72,7 @@ class DinoEncoder(TokenEncoder):
         height, width = picture.shape[:2]
         zoom = min(1.0, self.short_edge / min(height, width))
         cells = [max(1, round(edge * zoom / self.stride)) for edge in (height, width)]
-        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].float().div_(255)
         size = [n * self.stride for n in cells]
         pixels = interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
         mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in self._prepared)
@@ -95,6 +96,8 @@ class DinoEncoder(TokenEncoder):
         try:
             config = AutoConfig.from_pretrained(self.name)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise self._unreachable(error) from error
         if not isinstance(getattr(config, "patch_size", None), int):
             raise EncoderError(
@@ -122,16 +125,20 @@ class DinoEncoder(TokenEncoder):
         from transformers import AutoModel
 
         config = self._config
-        try:
-            model = AutoModel.from_pretrained(self.name)
-        except Exception as error:
-            raise self._unreachable(error) from error
-        if config.model_type == "vit":
-            # The original reads DINO's last block before the final normalisation; FDA's 0.7 was chosen on that. The
-            # authors of DINOv2 and DINOv3 publish their tokens after it.
-            model.layernorm = nn.Identity()
-        dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        return model.to(self.device, dtype).eval().requires_grad_(False)
+        with told_what_to_lower("loading the encoder", f" {self.name}"):
+            try:
+                # transformers takes torch's fused attention where the model has it: nothing of tokens times tokens is held.
+                model = AutoModel.from_pretrained(self.name)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise self._unreachable(error) from error
+            if config.model_type == "vit":
+                # The original reads DINO's last block before the final normalisation; FDA's 0.7 was chosen on that. The
+                # authors of DINOv2 and DINOv3 publish their tokens after it.
+                model.layernorm = nn.Identity()
+            dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+            return model.to(self.device, dtype).eval().requires_grad_(False)
 
     def _unreachable(self, error: Exception) -> EncoderError:
         return EncoderError(

@@ -217,7 +217,7 @@ class ConseEncoder(ImageTextEncoder):
         height, width = picture.shape[:2]
         zoom = min(zoom, (self.max_pixels / (height * width)) ** 0.5)
         size = [max(1, round(edge * zoom / STRIDES[-1])) * STRIDES[-1] for edge in (height, width)]
-        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].float().div_(255)
         return interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
 
     def _combine(self, pooled: Float[Tensor, "B 1280"]) -> Float[Tensor, "B 384"]:
@@ -268,7 +268,7 @@ class EfficientNetTokens(TokenEncoder):
         return 8
 
     def embed_picture(self, picture: UInt8[Tensor, "H W 3"]) -> Float[Tensor, "h w E"]:
-        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].float().div_(255)
         zoom = min(1.0, self.short_edge / min(picture.shape[:2]))
         # Multiples of the coarsest stride used, so that every stage divides the picture into the same parts.
         size = [max(1, round(edge * zoom / 16)) * 16 for edge in picture.shape[:2]]

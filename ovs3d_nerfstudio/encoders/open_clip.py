@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate, linear, normalize
 
 from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, check_lengths, file_digest
 from ovs3d_nerfstudio.errors import reason
+from ovs3d_nerfstudio.memory import in_batches, is_out_of_memory, told_what_to_lower
 
 DENSE_EDGE = 1.5
 """Shorter edge of a picture for dense features, as a multiple of the input size."""
@@ -117,6 +118,8 @@ class OpenClipEncoder(ImageTextEncoder):
                 self._tokenizer = open_clip.get_tokenizer(self.model_name)
             tokens = self._tokenizer(list(prompts))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise EncoderError(
                 f"The tokenizer of {self.model_name} cannot be loaded ({reason(error)}); it comes from a hub: "
                 "go online once, or choose a model such as ViT-B-16, whose tokenizer is part of open_clip."
@@ -157,12 +160,13 @@ class OpenClipEncoder(ImageTextEncoder):
         height, width = picture.shape[:2]
         zoom = DENSE_EDGE * side / min(height, width)
         rows, cols = (max(side, round(edge * zoom)) for edge in (height, width))
-        pixels = picture.to(self.device).permute(2, 0, 1)[None].float() / 255
+        pixels = picture.to(self.device).permute(2, 0, 1)[None].float().div_(255)
         pixels = interpolate(pixels, (rows * patch, cols * patch), mode="bilinear", antialias=True, align_corners=False)
         total = torch.zeros(rows, cols, self.dim)
         corners = [(top, left) for top in _starts(rows, side) for left in _starts(cols, side)]
-        for n in range(0, len(corners), self.batch_size):
-            some = corners[n : n + self.batch_size]
+
+        def embed(start: int, stop: int) -> None:
+            some = corners[start:stop]
             crops = torch.cat(
                 [pixels[..., t * patch : (t + side) * patch, u * patch : (u + side) * patch] for t, u in some]
             )
@@ -170,6 +174,8 @@ class OpenClipEncoder(ImageTextEncoder):
                 tokens = normalize(local_tokens(visual, self._prepare(crops), side).float(), dim=-1).cpu()
             for (top, left), token in zip(some, tokens, strict=True):
                 total[top : top + side, left : left + side] += token.view(side, side, -1)
+
+        self.batch_size = in_batches(len(corners), self.batch_size, embed)
         return normalize(total, dim=-1)
 
     def _image_tower(self) -> Any:
@@ -193,20 +199,23 @@ class OpenClipEncoder(ImageTextEncoder):
         # open_clip < 2.29 has no such argument; there torch's own default (2.6 and later) is what keeps code from running.
         known = signature(open_clip.create_model).parameters
         safely = {"load_weights_only": True} if "load_weights_only" in known else {}
-        try:
-            model = open_clip.create_model(
-                self.model_name,
-                pretrained=str(file),
-                precision="fp16" if self._dtype is torch.float16 else "fp32",
-                device=self.device,
-                force_quick_gelu=self.quick_gelu,
-                **safely,
-            )
-        except Exception as error:
-            raise EncoderError(
-                f"'{file}' cannot be loaded as weights of {self.model_name} ({reason(error)}); give a .safetensors "
-                "file, or a .pt or .bin file of plain tensors, that was saved from this model."
-            ) from error
+        with told_what_to_lower("loading the encoder", f" {self.model_name}"):
+            try:
+                model = open_clip.create_model(
+                    self.model_name,
+                    pretrained=str(file),
+                    precision="fp16" if self._dtype is torch.float16 else "fp32",
+                    device=self.device,
+                    force_quick_gelu=self.quick_gelu,
+                    **safely,
+                )
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise EncoderError(
+                    f"'{file}' cannot be loaded as weights of {self.model_name} ({reason(error)}); give a .safetensors "
+                    "file, or a .pt or .bin file of plain tensors, that was saved from this model."
+                ) from error
         return model.eval().requires_grad_(False)
 
     def _download(self) -> Path:
@@ -215,6 +224,8 @@ class OpenClipEncoder(ImageTextEncoder):
         try:
             return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(self.model_name, self.weights)))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise EncoderError(
                 f"The weights '{self.weights}' of {self.model_name} cannot be downloaded ({reason(error)}); "
                 f"go online once, name a local copy as open_clip:{self.model_name}@FILE, or use the encoder 'offline'."

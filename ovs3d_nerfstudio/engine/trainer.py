@@ -31,6 +31,7 @@ from ovs3d_nerfstudio.engine.saving import SavingTrainer
 from ovs3d_nerfstudio.engine.threads import busy_hint, let_sleep
 from ovs3d_nerfstudio.errors import CommandError, user_errors
 from ovs3d_nerfstudio.files import written_beside
+from ovs3d_nerfstudio.memory import told_what_to_lower
 
 RENAMED = {"ovs3d-plus": "ovs3d"}
 """Names that methods had in version 0.1."""
@@ -89,9 +90,15 @@ class OVS3DTrainer(SavingTrainer):
             CONSOLE.print(hint, style="yellow")
         super().setup(test_mode)
 
+    def train_iteration(self, step: int) -> Any:
+        """As nerfstudio's; where memory runs out the command ends with what to lower."""
+        with user_errors(), told_what_to_lower("training"):
+            return super().train_iteration(step)
+
     def eval_iteration(self, step: int) -> None:
         if ranks.rank() == 0:
-            super().eval_iteration(step)
+            with user_errors(), told_what_to_lower("rendering"):
+                super().eval_iteration(step)
 
     def save_checkpoint(self, step: int) -> None:
         """Writes a checkpoint, on rank 0."""

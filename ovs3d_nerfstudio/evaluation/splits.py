@@ -73,8 +73,7 @@ def rendered_views(
         for i in track(annotated, f"Segmenting {split} views"):
             outputs = model.get_outputs_for_camera(dataset.cameras[i : i + 1].to(pipeline.device))
             labels = model.segmenter.labels_of(outputs["segmentation"]).cpu()
-            # Transparent pixels are black to nerfacto.
-            photo = model.renderer_rgb.blend_background(dataset.get_image_float32(i))
+            photo = model.photo_of(dataset.get_image_float32(i))
             psnr = -10 * float((outputs["rgb"].cpu() - photo).square().mean().log10())
             truth = evaluator.truth(i, *labels.shape)
             assert truth is not None, "only annotated views are walked through"

@@ -31,6 +31,7 @@ from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache, picture_key
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
 from ovs3d_nerfstudio.files import leads_out_of
+from ovs3d_nerfstudio.memory import told_what_to_lower
 from ovs3d_nerfstudio.pictures import PictureError, picture_size, read_picture
 from ovs3d_nerfstudio.precision import single_precision
 
@@ -90,7 +91,9 @@ def extract(
         scales: patches along the shorter side of a picture, one number a scale (3D-OVS: 5, 7, 10).
         clip_features: whether each patch is embedded as a crop, or pooled from one dense pass over its picture.
 
-    Raises PictureError, EncoderError or CacheError with a sentence for the user.
+    Where memory runs out the encoder's batches are halved, which is said; what does not fit one by one ends with a sentence.
+
+    Raises PictureError, EncoderError, CacheError or MemoryShortage with a sentence for the user.
     """
     sizes = [picture_size(path)[::-1] for path in paths]
     for path, size in zip(paths, sizes, strict=True):
@@ -130,13 +133,18 @@ def extract(
 
     def make(i: int, picture: Callable[[], Tensor], wait: bool) -> bool:
         """Fill what the cache lacks of view i; False where another process has it in hand and we do not wait."""
-        key, path = views.keys[i], paths[i]
-        return all(
-            [
+        key, path, (height, width), at_once = views.keys[i], paths[i], sizes[i], image_text_encoder.batch_size
+        with told_what_to_lower("extracting features", f" of {path} ({width} × {height} pixels)"):
+            made = [
                 pyramid.fill(key, lambda: embed_pyramid(picture(), key, path, image_text_encoder, scales, dense), wait),
                 tokens.fill(key, lambda: embed_tokens(picture(), token_encoder), wait),
             ]
-        )
+        if image_text_encoder.batch_size < at_once:
+            console.print(
+                f"Features: memory is short, so {image_text_encoder.batch_size} crops are embedded at once from here on, "
+                f"not {at_once}; values may differ in their last bits."
+            )
+        return all(made)
 
     # The next picture is read and decoded while this one is embedded.
     with (

@@ -43,6 +43,6 @@ class Semantics:
     scales: Float[Tensor, "*R S"]
     """s(r) = softmax(Σ w_i s(x_i)), which scale to trust (3D-OVS eq. 2)."""
 
-    def __getitem__(self, rays: slice) -> Semantics:
+    def __getitem__(self, rays: slice | Tensor) -> Semantics:
         """The semantics of some of the rays."""
         return Semantics(self.coefficients[rays], self.salient[rays], self.scales[rays])

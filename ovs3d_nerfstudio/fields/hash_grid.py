@@ -3,17 +3,20 @@
 nerfstudio's pip-only ("torch") hash encoding materialises every corner of every level as a tensor. The
 encoding here computes the same function (Müller et al. 2022, "Instant Neural Graphics Primitives with a
 Multiresolution Hash Encoding", section 3) in fused kernels: numba on the CPU, Triton on CUDA (see
-`hash_grid_triton`), and nerfstudio's plain torch code where neither can run. The parameter keeps its name,
-shape and row order, so checkpoints are interchangeable in both directions.
+`hash_grid_triton`), and torch's own operations in bounded memory where neither can run (see `hash_grid_torch`). The
+parameter keeps its name, shape and row order, so checkpoints are interchangeable in both directions.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from subprocess import SubprocessError
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +24,9 @@ import torch
 from jaxtyping import Float
 from nerfstudio.field_components.encodings import HashEncoding
 from torch import Tensor, nn
+
+from ovs3d_nerfstudio.fields import hash_grid_torch
+from ovs3d_nerfstudio.memory import is_out_of_memory
 
 __all__ = ["FastHashEncoding", "use_fast_hash_grids"]
 
@@ -261,9 +267,31 @@ class _NumbaBackend:
         return grad
 
 
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Nobody interrupts what runs in here.
+
+    nerfstudio's viewer ends a render that is out of date by an exception from `sys.settrace`, at whatever line is next:
+    that must not be one of an import or of a compiler's, which would leave half of it behind.
+    """
+    trace = sys.gettrace()
+    if trace is None:
+        yield
+        return
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(trace)
+
+
 @functools.cache
 def _backend(device: torch.device) -> Any:
-    """What computes hash encodings on a device (the three functions above), None for the plain torch code."""
+    """What computes hash encodings on a device: an object with the three functions above.
+
+    Kept for the life of the process, so that only what a missing or broken backend raises may decide it: whatever else
+    comes by (an interrupt, a shortage of memory) goes through, and the next call tries again.
+    """
     try:
         if device.type == "cpu":
             return _NumbaBackend()
@@ -273,9 +301,22 @@ def _backend(device: torch.device) -> Any:
             # Triton compiles at the first launch, for which it needs a C compiler: find out on one point.
             hash_grid_triton.forward(*(torch.zeros(size, device=device) for size in ((1, 3), (2, 1), (1,))))
             return hash_grid_triton
-    except Exception as error:  # whatever the reason: the torch code is always there, only slower
+    except (ImportError, AttributeError, OSError, RuntimeError, SubprocessError, *_compiler_errors()) as error:
+        if is_out_of_memory(error):
+            raise
         warnings.warn(f"Fast hash grids cannot run on {device}, using torch code: {error}", stacklevel=3)
-    return None
+    return hash_grid_torch
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """What numba and Triton raise where they cannot compile; of those only that have been imported."""
+    homes = (
+        ("numba.core.errors", "NumbaError"),
+        ("triton.errors", "TritonError"),
+        ("triton.compiler", "CompilationError"),
+    )
+    found = (getattr(sys.modules.get(module), name, None) for module, name in homes)
+    return tuple(kind for kind in found if kind is not None)
 
 
 class _HashGrid(torch.autograd.Function):
@@ -287,7 +328,8 @@ class _HashGrid(torch.autograd.Function):
         ctx.backend = backend
         if len(positions) == 0:
             return positions.new_empty(0, len(scalings) * table.shape[1])
-        return backend.forward(positions, table, scalings)
+        with _untraced():  # the first call compiles
+            return backend.forward(positions, table, scalings)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -365,9 +407,10 @@ class FastHashEncoding(HashEncoding):
         if in_tensor.shape[-1] != 3:
             raise ValueError(f"positions must have 3 coordinates, got shape {tuple(in_tensor.shape)}")
         table = self.hash_table
-        backend = _backend(table.device) if in_tensor.device == table.device else None
-        if backend is None:
+        if in_tensor.device != table.device:
             return super().forward(in_tensor)
+        with _untraced():
+            backend = _backend(table.device)
         # Half-precision positions are scaled in float32 by the reference too (its scalings are float32).
         dtype = torch.promote_types(torch.promote_types(in_tensor.dtype, table.dtype), torch.float32)
         positions = in_tensor.reshape(-1, 3).to(dtype).contiguous()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import psutil
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle, RaySamples
@@ -21,9 +19,11 @@ from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SIZE, Range
 from ovs3d_nerfstudio.fields.compositing import top_samples
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
 from ovs3d_nerfstudio.fields.semantic_field import LInfContraction
+from ovs3d_nerfstudio.memory import filled_in_chunks, free_memory
 from ovs3d_nerfstudio.models.lpips import lpips_optional
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
 from ovs3d_nerfstudio.precision import single_precision
+from ovs3d_nerfstudio.prompts.answers import packed
 
 
 @dataclass
@@ -85,8 +85,19 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         config = self.config
         capture = self.kwargs["metadata"].get("capture")  # none where no datamanager of ours made the model
         density, near = capture.start() if capture is not None else (THIN_DENSITY, NERFACTO_NEAR)
+        chosen = None in (config.average_init_density, config.near_plane)
         config.average_init_density = density if config.average_init_density is None else config.average_init_density
         config.near_plane = near if config.near_plane is None else config.near_plane
+        if chosen and capture is not None:
+            kind = "all around the scene" if capture.around else "from the front"
+            self.remarks = [
+                f"Captured {kind} (the cameras turn through {capture.turn:.0f}°): geometry starts with density "
+                f"{config.average_init_density:.2g} from the near plane {config.near_plane:.2g} on. Choose otherwise with "
+                "--pipeline.model.average-init-density and --pipeline.model.near-plane."
+            ]
+
+    def photo_of(self, image: Float[Tensor, "H W c"]) -> Float[Tensor, "H W 3"]:
+        return self.renderer_rgb.blend_background(image)
 
     def step_state(self) -> Any:
         return self.proposal_sampler._step, self.proposal_sampler._steps_since_update
@@ -114,22 +125,32 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         metrics = self.get_metrics_dict(outputs, batch)
         return outputs, self.get_loss_dict(outputs, batch, metrics), metrics
 
-    def get_features(self, ray_bundle: RayBundle) -> dict:
-        """As `forward` in evaluation, with features in place of pictures (see `shown`)."""
+    def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
+        rays = RayBundle(
+            origins=origins,
+            directions=directions,
+            pixel_area=torch.full_like(origins[:, :1], 1e-6),
+            camera_indices=torch.zeros_like(origins[:, :1], dtype=torch.long),
+        )
         with self.features_wanted():
-            return self(ray_bundle)
+            return self(rays)
 
     @torch.no_grad()
     def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict:
-        """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short."""
+        """As nerfacto's, in chunks of `eval_num_rays_per_chunk` rays, or of fewer where memory is short; features are `packed`.
+
+        Raises MemoryShortage where the picture itself does not fit.
+        """
         chunk = min(self.config.eval_num_rays_per_chunk, rays_that_fit(self.config, free_memory(self.device)))
-        device, parts = camera_ray_bundle.directions.device, defaultdict(list)
-        for start in range(0, len(camera_ray_bundle), chunk):
-            rays = camera_ray_bundle.get_row_major_sliced_ray_bundle(start, start + chunk).to(self.device)
-            for name, output in self.forward(rays).items():
-                if isinstance(output, Tensor):
-                    parts[name].append(output.to(device))
-        return {name: torch.cat(outputs).view(*camera_ray_bundle.shape, -1) for name, outputs in parts.items()}
+
+        def render(start: int, stop: int) -> dict:
+            outputs = self.forward(camera_ray_bundle.get_row_major_sliced_ray_bundle(start, stop).to(self.device))
+            if "directions" in outputs:
+                outputs["directions"] = packed(outputs["directions"])
+            return outputs
+
+        outputs = filled_in_chunks(len(camera_ray_bundle), chunk, render, camera_ray_bundle.directions.device)
+        return {name: output.view(*camera_ray_bundle.shape, -1) for name, output in outputs.items()}
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict:
         call = self._call
@@ -165,13 +186,6 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             samples, _, _ = self.proposal_sampler(rays, density_fns=self.density_fns)
             density, _ = self.field.get_density(samples)
             return self._heaviest(samples, samples.get_weights(density))
-
-
-def free_memory(device: torch.device | str) -> int:
-    """Bytes that can still be had on a device: of the GPU, else of the machine."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available
 
 
 def rays_that_fit(config: OVS3DModelConfig, free: int) -> int:

@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.field_components.spatial_distortions import SpatialDistortion
-from nerfstudio.model_components.renderers import RGBRenderer
 from nerfstudio.models.base_model import Model
 from torch import Tensor, nn
 
@@ -152,10 +151,10 @@ class SemanticModel(Model):
 
     config: Any
     """Of the geometry, and a SemanticModelConfig."""
-    renderer_rgb: RGBRenderer
-    """Says what stands behind transparent pixels."""
     evaluator: LabelReader | None = None
     """Set by the pipeline where the data has masks."""
+    remarks: Sequence[str] = ()
+    """What was chosen for the data, in sentences for the log."""
     batches: int = 0
     """Batches trained on by this object: tells whether a view kept by the viewer is of today's weights."""
 
@@ -196,13 +195,22 @@ class SemanticModel(Model):
     def load_step_state(self, state: Any) -> None:
         """Takes up what `step_state` returned."""
 
+    def photo_of(self, image: Float[Tensor, "H W c"]) -> Float[Tensor, "H W 3"]:
+        """A photo as this model would render it: transparent pixels show its background."""
+        raise NotImplementedError
+
     # What a view is asked for.
 
     @torch.no_grad()
     def get_features_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict:
-        """As `get_outputs_for_camera`, with features in place of pictures (see `shown`)."""
+        """As `get_outputs_for_camera`, with features in place of pictures (see `shown`); directions may be `packed`."""
         with self.features_wanted():
             return self.get_outputs_for_camera(camera, obb_box)
+
+    def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
+        """What rays (with unit directions) meet, in evaluation: `depth` (R×1, distance along the ray) and, once there are
+        features, `directions` and `scales` (see `shown`)."""
+        raise NotImplementedError
 
     @contextmanager
     def features_wanted(self) -> Iterator[None]:
@@ -247,7 +255,8 @@ class SemanticModel(Model):
     # Losses and metrics.
 
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
-        loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)  # type: ignore[safe-super]
+        colored = "rgb" in outputs  # a step may be about semantics alone
+        loss_dict = super().get_loss_dict(outputs, batch, metrics_dict) if colored else {}  # type: ignore[safe-super]
         if "teachers" in batch:
             # In single precision: half of it holds a cosine to three digits, and no salient feature beyond 65 504.
             with single_precision():
@@ -317,7 +326,7 @@ class SemanticModel(Model):
         if math.isnan(metrics["lpips"]):
             del metrics["lpips"]
         if "segmentation" in outputs:
-            photo = self.renderer_rgb.blend_background(batch["image"].to(self.device))
+            photo = self.photo_of(batch["image"].to(self.device))
             images["segmentation"] = torch.cat([photo, outputs["segmentation"]], 1)
             if self.evaluator is not None:
                 labels = self.segmenter.labels_of(outputs["segmentation"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +15,9 @@ from ovs3d_nerfstudio.fields.compositing import LEAST_LENGTH
 from ovs3d_nerfstudio.files import mask_stem
 from ovs3d_nerfstudio.prompts.palette import colors_for
 from ovs3d_nerfstudio.prompts.prompts import prompt_key
+
+RAYS_AT_ONCE = 1 << 16
+"""Rays whose numbers for all prompts are held at a time: 26 MB for 100 prompts, whatever the picture's size."""
 
 LEAST_RANGE = 1e-3
 """Cosines that differ by less are taken as equal: cells lie in half precision, whose rounding is half of that."""
@@ -148,7 +151,9 @@ class Segmenter(nn.Module):
 
     def labels_of(self, colors: Float[Tensor, "*n 3"]) -> Int[Tensor, "*n"]:
         """The labels that were painted as `colors`."""
-        return torch.cdist(colors.reshape(-1, 3), self.colors.to(colors)).argmin(-1).view(colors.shape[:-1])
+        known = self.colors.to(colors)
+        labels = in_parts(colors.reshape(-1, 3), lambda part: torch.cdist(part, known).argmin(-1))
+        return labels.view(colors.shape[:-1])
 
     def pca_colors(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n 3"]:
         """Coefficients as colours in [0, 1] by the run's own three principal directions: the same in every frame."""
@@ -196,6 +201,11 @@ def told_scores(prompts: Sequence[str], ranges: Float[Tensor, "2 C"]) -> str:
         f"'{prompts[strong]}' by {widths[strong]:.2f}), so classes are compared by relevancies, each prompt with itself "
         "elsewhere. To compare them as they are: --pipeline.model.class-scores cosine."
     )
+
+
+def in_parts(rays: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `answer` makes of the rows of `rays`, `RAYS_AT_ONCE` at a time."""
+    return torch.cat([answer(part) for part in rays.split(RAYS_AT_ONCE)])
 
 
 def spread_of(scores: Float[Tensor, "n C"]) -> Float[Tensor, ""]:

@@ -7,30 +7,37 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
 from torch import Tensor
 
-from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.memory import REMEDIES, MemoryShortage, free_memory, is_out_of_memory, let_go, told_what_to_lower
+from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question
 from ovs3d_nerfstudio.prompts.embedding import Embedder
 from ovs3d_nerfstudio.prompts.prompts import PromptError, parse_prompts, prompt_key
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter
 
+T = TypeVar("T")
+
 NEGATIVES = "object; things; stuff; texture"
 """What everything else is called by default: LERF's canonical phrases (Kerr et al., 2023, §4.4)."""
 KEPT_BYTES = 1 << 30
-"""Rendered features that are kept beside the newest."""
+"""Most that is kept of rendered features beside the newest; less where less than twice as much is free."""
+ZOOMS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+"""How much smaller a view is rendered while memory is short."""
+SECONDS_SMALLER = 30.0
+"""How long what did not fit is not tried again."""
 
 
 class LivePrompts:
@@ -39,7 +46,7 @@ class LivePrompts:
     A `Question` is replaced as a whole, so whoever reads `question` sees one moment, and nobody waits for an edit.
     """
 
-    def __init__(self, model: OVS3DModel):
+    def __init__(self, model: SemanticModel):
         self.model = model
         self.prompts: list[str] | None = None
         """The prompts asked for; None for the trained ones, whatever they are by then."""
@@ -138,10 +145,17 @@ def _asking(trained: Segmenter, prompts: Sequence[str], text: Float[Tensor, "C D
 
 
 class LiveOutputs(MutableMapping[str, Tensor]):
-    """Outputs of a view as nerfstudio's viewer takes them: nerfacto's, and pictures of whatever is asked when it looks."""
+    """Outputs of a view as nerfstudio's viewer takes them: nerfacto's, and pictures of whatever is asked when it looks.
 
-    def __init__(self, rendered: dict[str, Tensor], live: LivePrompts):
-        self._live = live
+    Where memory runs out for a picture, the colours that are there already stand in for it.
+    """
+
+    def __init__(
+        self, rendered: dict[str, Tensor], live: LivePrompts, size: tuple[int, int] | None = None, note: str = ""
+    ):
+        """Pictures have `size` (height, width), however small they were rendered; `note` is for whoever looks."""
+        self.note = note
+        self._live, self._size = live, size
         self._own = {name: output for name, output in rendered.items() if name not in ("directions", "scales")}
         self._rendered = rendered
         self._answers: Answers | None = None
@@ -163,25 +177,42 @@ class LiveOutputs(MutableMapping[str, Tensor]):
     def shares(self) -> list[float]:
         """The share of the view that belongs to each prompt."""
         with self._lock:
-            answers = self.answers()
-            if answers is None:
-                return []
-            counts = torch.bincount(answers.labels.flatten() + 1, minlength=len(answers.question.names) + 1)
-            return (counts[1:] / counts.sum()).tolist()
+            return self._while_memory_lasts(self._shares, [])
+
+    def _shares(self) -> list[float]:
+        answers = self.answers()
+        if answers is None:
+            return []
+        counts = torch.bincount(answers.labels.flatten() + 1, minlength=len(answers.question.names) + 1)
+        return (counts[1:] / counts.sum()).tolist()
 
     def __getitem__(self, name: str) -> Tensor:
         with self._lock:
-            if name in self._own:
-                return self._own[name]
-            answers = self.answers()
-            if answers is None:
-                return self._own["rgb"]
-            if name not in answers:  # chosen a moment ago, and gone with its prompt
-                name = still_there(name, list(answers))
-            # nerfstudio looks three times at the picture it shows.
-            if self._last is None or self._last[0] != name:
-                self._last = name, answers[name]
-            return self._last[1]
+            return self._while_memory_lasts(lambda: self._picture(name), self._own["rgb"])
+
+    def _picture(self, name: str) -> Tensor:
+        if name in self._own:
+            return enlarged(self._own[name], self._size) if name in self._rendered else self._own[name]
+        answers = self.answers()
+        if answers is None:
+            return enlarged(self._own["rgb"], self._size)
+        if name not in answers:  # chosen a moment ago, and gone with its prompt
+            name = still_there(name, list(answers))
+        # nerfstudio looks three times at the picture it shows.
+        if self._last is None or self._last[0] != name:
+            self._last = name, enlarged(answers[name], self._size)
+        return self._last[1]
+
+    @staticmethod
+    def _while_memory_lasts(make: Callable[[], T], otherwise: T) -> T:
+        """What `make` returns; where it runs out of memory, `otherwise`: an error here would end nerfstudio's thread."""
+        try:
+            return make()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        let_go()
+        return otherwise
 
     def __contains__(self, name: object) -> bool:
         return name in list(self)  # not Mapping's, which asks `__getitem__`, and that always has something to show
@@ -205,6 +236,16 @@ def still_there(chosen: str, names: Sequence[str]) -> str:
     return next(name for name in (chosen, "segmentation", *names) if name in names)
 
 
+def enlarged(output: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """A picture at the given height and width, its pixels repeated."""
+    if size is None or output.shape[:2] == size:
+        return output
+    for axis, length in enumerate(size):
+        known = output.shape[axis]
+        output = output.index_select(axis, torch.arange(length, device=output.device) * known // length)
+    return output
+
+
 class FeatureCache:
     """Rendered features of the last views. Those of older weights are dropped."""
 
@@ -224,12 +265,18 @@ class FeatureCache:
                 self._views.move_to_end(view)
                 return self._views[view]
         rendered = render()
+        most = min(self.kept_bytes, free_memory(next(iter(rendered.values())).device) // 2)
         with self._lock:
             if weights == self._weights:
                 self._views[view] = rendered
-                while len(self._views) > 1 and sum(map(_bytes, self._views.values())) > self.kept_bytes:
+                while len(self._views) > 1 and sum(map(_bytes, self._views.values())) > most:
                     self._views.popitem(last=False)
         return rendered
+
+    def clear(self) -> None:
+        """Lets all features go."""
+        with self._lock:
+            self._views.clear()
 
 
 def _bytes(rendered: dict[str, Tensor]) -> int:
@@ -256,45 +303,92 @@ class LiveModel:
         self,
         live: LivePrompts,
         lock: AbstractContextManager,
-        on_view: Callable[[LiveOutputs], None] = lambda _: None,
+        on_view: Callable[[LiveOutputs | None], None] = lambda _: None,
     ):
-        """`lock` is held by whoever trains or renders; `on_view` is called with each view looked at, and must be quick."""
+        """`lock` is held by whoever trains or renders; `on_view` is called with each view looked at, and must be quick. None
+        tells it to let go of the last one, as memory is short."""
         self._model, self._live, self._lock, self._on_view = live.model, live, lock, on_view
         self._cache = FeatureCache()
+        self._too_many, self._until = 0, 0.0  # rays that did not fit, and until when smaller views are rendered instead
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """The model's: nerfstudio's viewer asks whether it is one of Gaussians."""
+        return type(self._model)
+
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> LiveOutputs:
-        """The outputs of a view; rendered only if the view or the weights are not those of a moment ago."""
-        model = self._model
+        """The outputs of a view; rendered only if the view or the weights are not those of a moment ago.
+
+        Where memory is short it is rendered smaller, and enlarged; `note` says so.
+        """
         self._live.follow_training()
-        # torch counts the writes into a parameter, though not those of fused optimizers, which `batches` tells of.
-        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
-        rendered = self._cache.get(
-            (weights, model.batches, model.segmenter.ready),
-            _view_key(camera, obb_box),
-            lambda: model.get_features_for_camera(camera, obb_box),
-        )
-        outputs = LiveOutputs(rendered, self._live)
+        size = int(camera.height.item()), int(camera.width.item())
+        rendered = self._rendered(camera, obb_box, size)
+        shown, note = rendered["rgb"].shape[:2], ""
+        if shown != size:
+            fewer = f"the view is rendered with {shown[1]} × {shown[0]} pixels, not {size[1]} × {size[0]}"
+            note = f"Memory is short: {fewer if shown[0] > 1 else 'no view can be rendered'}; {REMEDIES['showing a view']}."
+        outputs = LiveOutputs(rendered, self._live, size, note)
         self._on_view(outputs)
         return outputs
 
+    def _rendered(self, camera: Cameras, box: OrientedBox | None, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The features of a view, in the greatest of `ZOOMS` that fits; a black pixel where none does."""
+        for zoom in ZOOMS:
+            rays = int(size[0] * zoom) * int(size[1] * zoom)
+            if rays < 1 or (rays >= self._too_many > 0 and time.monotonic() < self._until):
+                continue
+            smaller = camera
+            if zoom < 1:
+                smaller = copy.deepcopy(camera)
+                smaller.rescale_output_resolution(zoom)
+            for _ in range(2):
+                try:
+                    return self._features(smaller, box)
+                except (RuntimeError, MemoryError, MemoryShortage) as error:
+                    if not isinstance(error, MemoryShortage) and not is_out_of_memory(error):
+                        raise
+                # The second time, without what was kept for speed alone.
+                self._cache.clear()
+                self._on_view(None)
+                let_go()
+            self._too_many, self._until = rays, time.monotonic() + SECONDS_SMALLER
+        device = self._model.device
+        return {"rgb": torch.zeros(1, 1, 3, device=device), "depth": torch.zeros(1, 1, 1, device=device)}
+
+    def _features(self, camera: Cameras, box: OrientedBox | None) -> dict[str, Tensor]:
+        model = self._model
+        # torch counts the writes into a parameter, though not those of fused optimizers, which `batches` tells of.
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+        return self._cache.get(
+            (weights, model.batches, model.segmenter.ready),
+            _view_key(camera, box),
+            lambda: model.get_features_for_camera(camera, box),
+        )
+
     @torch.no_grad()
     def point(self, origin: Sequence[float], direction: Sequence[float]) -> Point | None:
-        """What a ray (in the coordinates of the viewer's scene) hits; None while there are no features."""
-        model, question, ray = self._model, self._live.question, _ray(origin, direction)
-        with self._lock:
+        """What a ray (in the coordinates of the viewer's scene) hits; None while there are no features.
+
+        Raises MemoryShortage where not even that fits.
+        """
+        model, question = self._model, self._live.question
+        start = torch.tensor([list(origin)], dtype=torch.float32)
+        along = torch.nn.functional.normalize(torch.tensor([list(direction)], dtype=torch.float32), dim=-1)
+        with self._lock, told_what_to_lower("showing a view"):
             training = model.training
             try:
                 model.eval()
-                outputs = model.get_features(ray.to(model.device))
+                outputs = model.features_along(start.to(model.device), along.to(model.device))
             finally:
                 model.train(training)
         if question is None or "directions" not in outputs:
             return None
         directions = outputs["directions"]
-        position = ray.origins[0] + outputs["depth"][0].cpu() * ray.directions[0]
+        position = start[0] + outputs["depth"][0].cpu() * along[0]
         x, y, z = position.tolist()
         return Point(
             question.segmenter.prompts,
@@ -302,16 +396,6 @@ class LiveModel:
             int(question.labels(directions)[0]),
             (x, y, z),
         )
-
-
-def _ray(origin: Sequence[float], direction: Sequence[float]) -> RayBundle:
-    directions = torch.nn.functional.normalize(torch.tensor([list(direction)], dtype=torch.float32), dim=-1)
-    return RayBundle(
-        origins=torch.tensor([list(origin)], dtype=torch.float32),
-        directions=directions,
-        pixel_area=torch.full((1, 1), 1e-6),
-        camera_indices=torch.zeros(1, 1, dtype=torch.long),
-    )
 
 
 def _view_key(camera: Cameras, box: OrientedBox | None) -> Hashable:

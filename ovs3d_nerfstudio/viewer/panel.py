@@ -14,7 +14,8 @@ from rich.markup import escape
 from viser import GuiEvent
 
 from ovs3d_nerfstudio.encoders.base import EncoderError
-from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.memory import MemoryShortage, told_what_to_lower
+from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.prompts.prompts import PromptError, clean_prompt, parse_prompts
 from ovs3d_nerfstudio.viewer.live import NEGATIVES, LiveModel, LiveOutputs, LivePrompts, Point, still_there
 
@@ -45,7 +46,7 @@ _ENTER = """<span ref={(node) => {
 class PromptPanel(ViewerControl):
     """Live prompts in nerfstudio's viewer: an attribute of the pipeline that does nothing until a viewer opens."""
 
-    def __init__(self, model: OVS3DModel):
+    def __init__(self, model: SemanticModel):
         self._model = model
 
     def _setup(self, viewer: Viewer) -> None:
@@ -56,7 +57,7 @@ class PromptPanel(ViewerControl):
         self._shown: LiveOutputs | None = None
         self._looked = threading.Event()
         self._outputs_lock = threading.Lock()
-        self._no_encoder = ""
+        self._told = ""  # what was printed last: the panel alone is easily overlooked
         self._view = LiveModel(self.live, viewer.train_lock or nullcontext(), self._on_view)
         self._build()
         # Evaluation and checkpoints go on with the model itself; only what the viewer shows is asked of the live prompts.
@@ -169,12 +170,12 @@ class PromptPanel(ViewerControl):
         if typed is not None:
             self._say("Embedding… (the first time, the text encoder is loaded for that)")
         try:
-            said = edit()
-        except (PromptError, EncoderError) as error:
+            with told_what_to_lower("loading the encoder"):
+                said = edit()
+        except (PromptError, EncoderError, MemoryShortage) as error:
             said = str(error)
-            if isinstance(error, EncoderError) and said != self._no_encoder:
-                self._no_encoder = said
-                CONSOLE.print(f"[bold yellow]Viewer:[/bold yellow] {escape(said)}")
+            if not isinstance(error, PromptError):
+                self._tell(said)
         else:
             if typed is not None and self._text.value == typed:
                 self._text.value = "; ".join(self.live.asked)
@@ -190,6 +191,12 @@ class PromptPanel(ViewerControl):
 
     def _say(self, sentence: str) -> None:
         self._status.content = _jsx(sentence)
+
+    def _tell(self, sentence: str) -> None:
+        """Prints a sentence, once."""
+        if sentence != self._told:
+            self._told = sentence
+            CONSOLE.print(f"[bold yellow]Viewer:[/bold yellow] {escape(sentence)}")
 
     def _redraw(self) -> None:
         """Have each client shown its view again: as a step of training does, so that a view at full resolution stays one."""
@@ -216,7 +223,7 @@ class PromptPanel(ViewerControl):
                 self.viewer.output_type_changed = self.viewer.output_split_type_changed = True
             panel.update_control_panel()
 
-    def _on_view(self, outputs: LiveOutputs) -> None:
+    def _on_view(self, outputs: LiveOutputs | None) -> None:
         self._shown = outputs
         self._looked.set()
 
@@ -230,6 +237,9 @@ class PromptPanel(ViewerControl):
     def _show(self) -> None:
         """The legend, with the shares of the view that was looked at last."""
         question, shown = self.live.question, self._shown
+        if shown is not None and shown.note:
+            self._say(shown.note)
+            self._tell(shown.note)
         if question is None:
             return
         if not self._text.value and self.live.asked:
@@ -243,8 +253,12 @@ class PromptPanel(ViewerControl):
             self._legend.content = content
 
     def _clicked(self, click: ViewerClick) -> None:
-        point = self._view.point(click.origin, click.direction)
-        self._point.content = "" if point is None else described(point)
+        try:
+            point = self._view.point(click.origin, click.direction)
+        except MemoryShortage as error:
+            self._point.content = _jsx(str(error))
+        else:
+            self._point.content = "" if point is None else described(point)
 
 
 def keep_steps(machine: RenderStateMachine) -> None:

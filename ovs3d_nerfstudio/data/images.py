@@ -1,0 +1,84 @@
+"""The datamanager of Gaussians: whole photos as nerfstudio has them, and windows of the training views for the semantics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
+from torch import Tensor
+
+from ovs3d_nerfstudio.data.checked import CheckedData
+from ovs3d_nerfstudio.data.dataset import OVS3DDataset
+from ovs3d_nerfstudio.data.scene_checks import SceneError
+from ovs3d_nerfstudio.data.teaching import Teaching, TeachingConfig
+from ovs3d_nerfstudio.engine.option_checks import SIZE, Range
+from ovs3d_nerfstudio.features.teachers import Windows
+
+
+@dataclass
+class OVS3DImagesConfig(TeachingConfig, FullImageDatamanagerConfig):
+    """Photos as nerfstudio keeps them, and the windows of the semantic losses."""
+
+    _target: type = field(default_factory=lambda: OVS3DImages)
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **TeachingConfig.RANGES,
+        "num_windows": SIZE,
+        "camera_res_scale_factor": Range(0, 1, closed=False),
+    }
+
+
+class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
+    """A FullImageDatamanager that can also draw windows of its views and say what the features teach about them.
+
+    Geometry learns from whole photos, semantics from windows alone, so a step of theirs pays for the windows' pixels.
+    """
+
+    config: OVS3DImagesConfig
+
+    def create_train_dataset(self) -> OVS3DDataset:
+        dataset = super().create_train_dataset()
+        distortion = dataset.cameras.distortion_params
+        if distortion is not None and distortion.any():
+            raise SceneError(
+                f"The photos of {self.config.data} have lens distortion, which Gaussians cannot be rendered with; undistort "
+                "them first (colmap image_undistorter), or train a NeRF on them: ovs3d or ovs3d-lite."
+            )
+        return dataset
+
+    def next_step(
+        self, step: int, semantics: bool, windows: bool, colors: bool
+    ) -> tuple[Cameras, Windows | None, dict]:
+        """What a step trains on: a camera and the batch of its photo; or, with `semantics`, windows and the camera of each.
+
+        The batch then has `teachers` and `ranges` of the windows' pixels (see `teachers_of`) and the windows themselves, colours
+        included where `colors` asks for them. Pixels that a mask ignores are no part of the former.
+        """
+        if not semantics:
+            camera, batch = self.next_train(step)
+            return camera, None, batch
+        drawn = self.draw_windows(colors)
+        assert drawn is not None and drawn.pixels is not None, "at least one window is drawn, on the CPU"
+        pixels = drawn.pixels if drawn.seen is None else drawn.pixels[drawn.seen.flatten().cpu()]
+        teachers, ranges = self.teachers_of(pixels)
+        cameras = self.train_dataset.cameras[drawn.pixels[:: drawn.side**2, 0]].to(self.device)
+        return cameras, drawn, {"teachers": teachers, "ranges": ranges, "windows": drawn}
+
+    def next_train(self, step: int) -> tuple[Cameras, dict]:
+        """The camera of a photo and its batch; each photo once in as many steps, in an order that the step alone decides, so
+        that a run which is resumed goes on as if nothing was."""
+        photos = len(self.train_dataset)
+        turn, place = divmod(step, photos)
+        order = torch.randperm(photos, generator=torch.Generator().manual_seed(turn))
+        self.train_unseen_cameras = [
+            int(order[place])
+        ] * 2  # nerfstudio's takes the first, and wants another to be there
+        return super().next_train(step)
+
+    def photos_in_memory(self) -> Mapping[int, Tensor]:
+        """All of them."""
+        return {view: kept["image"] for view, kept in enumerate(self.cached_train)}
