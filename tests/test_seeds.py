@@ -81,6 +81,24 @@ def hits(outputs, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("lens", [None, "OPENCV", "OPENCV_FISHEYE"])
+def test_pixels_become_rays_and_rays_pixels(scenes, lens):
+    outputs = parsed(scenes(lens))
+    view = module.read_view(outputs.image_filenames[2], None, outputs.cameras, 2)
+    for seen in (view, view.smaller(WIDTH // 2)):
+        pixels = np.random.default_rng(0).random((500, 2)) * seen.size
+        rays = seen.rays(pixels)
+        theirs = outputs.cameras.generate_rays(
+            2, coords=torch.from_numpy(pixels * WIDTH / seen.size[0]).float().flip(-1)
+        )
+        np.testing.assert_allclose(rays, theirs.directions.numpy(), atol=1e-4)
+        depth = np.linspace(0.1, 10, 500)
+        back, depths = seen.project(view.centre + depth[:, None] * rays)
+        np.testing.assert_allclose(back, pixels, atol=1e-2)
+        np.testing.assert_allclose(depths, depth * (rays @ view.forward), rtol=1e-9)
+        assert seen.inside(back).mean() > 0.99 and np.isnan(seen.project(view.centre - rays)[0]).all()
+
+
+@pytest.mark.parametrize("lens", [None, "OPENCV", "OPENCV_FISHEYE"])
 def test_points_lie_on_surfaces_in_the_training_frame(scenes, cache, lens):
     outputs = parsed(scenes(lens))
     seeds, _ = seeds_of(outputs, cache)
@@ -213,6 +231,6 @@ def test_other_photos_cameras_masks_and_settings_are_other_points(scenes, monkey
 
 def test_cameras_that_are_no_pinholes_end_with_a_sentence(scenes, tmp_path):
     outputs = parsed(scenes())
-    outputs.cameras.camera_type[:] = CameraType.EQUIRECTANGULAR.value
+    outputs.cameras.camera_type = torch.full_like(outputs.cameras.camera_type, CameraType.EQUIRECTANGULAR.value)
     with pytest.raises(SeedsError, match=r"EQUIRECTANGULAR cameras.*ply_file_path"):
         seeds_of(outputs, tmp_path)

@@ -70,7 +70,7 @@ class View:
         with np.errstate(divide="ignore", invalid="ignore"):
             flat = local[:, :2] * (angle / beside.clip(1e-12) if self.fisheye else 1 / depth)[:, None]
             # Beyond the corners' angle a polynomial may come back into the picture.
-            flat[(angle > self._reach) | (~self.fisheye & (depth <= 0))] = np.nan
+            flat[angle > self._reach] = np.nan
             x, y = flat.T
             k1, k2, k3, k4, p1, p2 = self.distortion
             r = x**2 + y**2
