@@ -177,6 +177,15 @@ def test_plain_photos_begin_at_random_where_cameras_look_and_say_so(scenes, tmp_
     assert np.median(seen) >= 0.8 * len(views) and seen.min() >= 2
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_photos_of_one_place_begin_at_random(scenes, tmp_path, count):
+    outputs = parsed(scenes())
+    outputs.image_filenames = outputs.image_filenames[:1] * count
+    outputs.cameras = outputs.cameras[torch.zeros(count, dtype=torch.long)]
+    seeds, _ = seeds_of(outputs, tmp_path)
+    assert len(seeds.positions) == RANDOM and np.isfinite(seeds.positions).all() and "random" in seeds.origin
+
+
 def test_few_points_are_kept_among_random_ones(scenes, tmp_path):
     """A small patch of each photo has texture."""
     outputs = parsed(scenes())

@@ -79,7 +79,8 @@ class Points:
 
     def views_of(self) -> Int[ndarray, " N"]:
         """In how many views each point was found."""
-        return np.bincount(self.point, minlength=len(self.positions))
+        seen = np.unique(np.stack([self.point, self.view]), axis=1)  # a track may pass through a view twice
+        return np.bincount(seen[0], minlength=len(self.positions))
 
 
 NO_POINTS = Points(np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0, int), np.zeros(0, int))
@@ -117,7 +118,8 @@ def pairs(views: list[View]) -> list[tuple[int, int]]:
     turned = np.degrees(np.arccos((forwards @ forwards.T).clip(-1, 1)))
     # Two views half the capture apart are as unlike as two that look 45° apart.
     unlike = apart / max(apart.max(), 1e-12) * 90 + turned
-    unlike[(turned > WIDEST) | (apart < 1e-4 * apart.max())] = np.inf
+    # A view and itself, or another of the same place, have no epipolar lines.
+    unlike[(turned > WIDEST) | (apart <= 1e-4 * apart.max())] = np.inf
     found = set()
     for i, row in enumerate(unlike):
         nearest = np.argsort(row, kind="stable")
