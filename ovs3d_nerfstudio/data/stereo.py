@@ -20,8 +20,8 @@ from ovs3d_nerfstudio.data.views import View
 
 REFERENCES = 60
 """Views, evenly chosen, that are matched densely at most: more tell little new, and their depth takes memory."""
-PARTNERS = 2
-"""Other views that each is matched with."""
+PARTNERS = 1
+"""Other views that each is matched with. Two take twice the time and bring nothing."""
 LEAST_SHARED = 12
 """Known points that both views of a pair must have before them."""
 ANGLES = (2.0, 8.0, 25.0)
