@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 from torch import Tensor
 
 from ovs3d_nerfstudio.data.checked import CheckedData
 from ovs3d_nerfstudio.data.dataset import OVS3DDataset
 from ovs3d_nerfstudio.data.scene_checks import SceneError
+from ovs3d_nerfstudio.data.seeds import seed_points
 from ovs3d_nerfstudio.data.teaching import Teaching, TeachingConfig
 from ovs3d_nerfstudio.engine.option_checks import SIZE, Range
+from ovs3d_nerfstudio.features.extraction import default_cache_dir
 from ovs3d_nerfstudio.features.teachers import Windows
 
 
@@ -48,6 +53,18 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
                 f"The photos of {self.config.data} have lens distortion, which Gaussians cannot be rendered with; undistort "
                 "them first (colmap image_undistorter), or train a NeRF on them: ovs3d or ovs3d-lite."
             )
+        metadata = self.train_dataparser_outputs.metadata
+        if self.test_mode == "val":
+            parsed = self.train_dataparser_outputs
+            data = Path(self.config.data or dataset.image_filenames[0].parent)
+            cache = self.config.feature_cache_dir or default_cache_dir(data)
+            seeds = seed_points(parsed, dataset.image_filenames, parsed.cameras, cache, CONSOLE)
+            CONSOLE.print(escape(seeds.origin))
+            points, colors = torch.from_numpy(seeds.positions), torch.from_numpy(seeds.colors)
+        else:
+            # A run that is opened brings its Gaussians along: any few stand in their place until then.
+            points, colors = torch.eye(4, 3), torch.zeros(4, 3, dtype=torch.uint8)
+        metadata["points3D_xyz"], metadata["points3D_rgb"] = points, colors
         return dataset
 
     def next_step(
