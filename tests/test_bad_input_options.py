@@ -110,7 +110,7 @@ def test_what_the_variants_have_is_allowed():
     from ovs3d_nerfstudio.cli.common import our_methods
     from ovs3d_nerfstudio.pipeline import check_options
 
-    assert len(our_methods()) == 3
+    assert len(our_methods()) == 5
     for name in our_methods():
         check_options(all_methods[name].pipeline)
 

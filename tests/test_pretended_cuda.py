@@ -27,7 +27,7 @@ METHODS = sorted(
     if method.value.startswith("ovs3d_nerfstudio.")
 )
 
-WAITS = {"ovs3d": 1, "ovs3d-lite": 1, "ovs3d-paper": 1}
+WAITS = {"ovs3d": 1, "ovs3d-lite": 1, "ovs3d-paper": 1, "ovs3d-splat": 8, "ovs3d-splat-lite": 8}
 """How often a late step of a method may wait for the device in our own lines. Each wait leaves a GPU without work."""
 NERFSTUDIO_WAITS = 36
 """The same for nerfstudio's lines, of which most make rays of pixels."""
@@ -78,6 +78,7 @@ def test_a_method_works_on_the_device(reports, method, stage):
 def test_a_late_step_hardly_waits_for_the_device(reports, method):
     waits = reports(method)["waits"]
     assert waits, "some step was counted"
+    waits = [wait for wait in waits if "/gaussians/" not in wait[-1]]  # of what stands in for gsplat's kernels
     ours = sum(number for number, package, *_ in waits if package == "ovs3d_nerfstudio")
     theirs = sum(number for number, *_ in waits) - ours
     sites = "\n".join(f"{number:3} {package}: {kind} at {lines}" for number, package, kind, lines in waits)

@@ -88,6 +88,12 @@ class OVS3DTrainer(SavingTrainer):
         hint = busy_hint(torch.get_num_threads()) if self.config.machine.device_type == "cpu" else None
         if hint:
             CONSOLE.print(hint, style="yellow")
+        with user_errors():
+            if self.config.mixed_precision and not getattr(self.config.pipeline.model, "MIXED_PRECISION", True):
+                raise CommandError(
+                    f"--mixed-precision True is not possible: {self.config.method_name} trains in single precision, as the "
+                    "gradients that decide where Gaussians come and go must not be scaled; leave the option out."
+                )
         super().setup(test_mode)
 
     def train_iteration(self, step: int) -> Any:

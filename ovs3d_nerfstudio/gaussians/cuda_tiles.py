@@ -11,10 +11,15 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.gaussians.binning import TILE
 
-__all__ = ["CudaBins", "bin_on_cuda", "composite_on_cuda"]
+__all__ = ["CudaBins", "bin_on_cuda", "composite_on_cuda", "kernels_on"]
 
 # gsplat's kernels keep the channels of a tile in shared memory; its own rasterization cuts at 32, too.
 _CHANNELS_AT_ONCE = 32
+
+
+def kernels_on(device: torch.device) -> bool:
+    """Whether gsplat's kernels run on a device."""
+    return device.type == "cuda"
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ovs3d_nerfstudio.gaussians import cuda_tiles
 from ovs3d_nerfstudio.gaussians.binning import TILE, Bins, bin_gaussians, may_be_seen
 from ovs3d_nerfstudio.gaussians.compositing import composite
 from ovs3d_nerfstudio.gaussians.cuda_tiles import CudaBins, bin_on_cuda, composite_on_cuda
@@ -122,7 +123,7 @@ def plan_views(
     """
     if tile_size != TILE:
         raise ValueError(f"tile_size must be {TILE}, not {tile_size}.")
-    if means.device.type == "cuda" and not packed:
+    if cuda_tiles.kernels_on(means.device) and not packed:
         raise ValueError("packed must be True on CUDA for a plan; call rasterization for rows of all Gaussians.")
     window = window or (0, 0, width, height)
     options = _Options(width, height, window, near_plane, far_plane, radius_clip, eps2d, rasterize_mode, camera_model)
@@ -138,7 +139,7 @@ def plan_views(
     else:
         spread = [_View(*(_spread(column, view.ids, len(means)) for column in view)) for view in views]
         _, radii, means2d, depths, conics, opacity = (torch.stack(columns) for columns in zip(*spread, strict=True))
-    if camera_ids is not None and gaussian_ids is not None and means.device.type == "cuda":
+    if camera_ids is not None and gaussian_ids is not None and cuda_tiles.kernels_on(means.device):
         pairs = (camera_ids, gaussian_ids)
         on_cuda = bin_on_cuda(means2d, radii, depths, *pairs, len(views), *window[2:])
         return Plan(radii, means2d, depths, conics, opacity, *pairs, on_cuda, gaussian_ids, camera_ids)
@@ -188,7 +189,7 @@ def _view(
 
     width, height, window, near, far, clip, eps2d, mode, model = options
     view = viewmat[0].detach()
-    if model == "pinhole" and means.device.type != "cuda":
+    if model == "pinhole" and not cuda_tiles.kernels_on(means.device):
         sizes = covars.detach().diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() if covars is not None else _largest(scales)
         ids = may_be_seen(means, sizes, view, K[0], width, height, window, near, far, eps2d)
     else:

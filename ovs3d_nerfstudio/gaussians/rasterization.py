@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ovs3d_nerfstudio.gaussians import cuda_tiles
 from ovs3d_nerfstudio.gaussians.binning import TILE
 from ovs3d_nerfstudio.gaussians.plan import CameraModel, plan_views
 
@@ -87,7 +88,7 @@ def rasterization(
     Raises:
         ValueError: an option that only works on CUDA, or a shape that does not fit.
     """
-    if means.device.type == "cuda":
+    if cuda_tiles.kernels_on(means.device):
         from gsplat import rasterization as on_cuda
 
         return on_cuda(

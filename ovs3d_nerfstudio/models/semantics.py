@@ -135,6 +135,8 @@ class SemanticModelConfig:
     """What each number may be."""
     SEVERAL_PROCESSES: ClassVar[bool] = True
     """Whether the processes of several devices can train it together."""
+    MIXED_PRECISION: ClassVar[bool] = True
+    """Whether it can be trained in half precision."""
 
     @property
     def refines(self) -> bool:

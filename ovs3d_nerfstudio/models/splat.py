@@ -47,6 +47,7 @@ class OVS3DSplatModelConfig(SemanticModelConfig, SplatfactoModelConfig):
         "num_random": SIZE,
     }
     SEVERAL_PROCESSES: ClassVar[bool] = False
+    MIXED_PRECISION: ClassVar[bool] = False
 
 
 class OVS3DSplatModel(SemanticModel, SplatfactoModel):

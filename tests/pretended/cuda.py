@@ -18,6 +18,7 @@ DEVICES_COUNTED = 127
 MEMORY_FREE, MEMORY = 6 << 30, 8 << 30
 """Bytes; a small GPU's."""
 HASH_GRID = "ovs3d_nerfstudio.fields.hash_grid"
+SPLATS = "ovs3d_nerfstudio.gaussians.cuda_tiles"
 
 
 def pretend() -> None:
@@ -30,6 +31,8 @@ def pretend() -> None:
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     if find_spec("triton"):
         _replace_hash_grid_kernels()
+    # gsplat's kernels need a GPU: the CPU engine stands in, as it does for devices that gsplat does not know.
+    importlib.import_module(SPLATS).kernels_on = lambda _device: False
 
 
 def _answer_for_the_device() -> None:

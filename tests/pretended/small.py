@@ -35,7 +35,8 @@ def small(method: str, data: Path, out: Path, name: str, mixed: bool, load_dir: 
     config.machine.device_type = "cuda"
     config.data = pipeline.datamanager.data = data
     config.output_dir, config.experiment_name, config.timestamp, config.vis = out, name, "t", "tensorboard"
-    config.mixed_precision, config.load_dir = mixed, load_dir
+    config.mixed_precision = mixed and getattr(pipeline.model, "MIXED_PRECISION", True)
+    config.load_dir = load_dir
     config.max_num_iterations, config.steps_per_save = STEPS, 4
     config.steps_per_eval_batch, config.steps_per_eval_image = STEPS - 2, STEPS - 1
     pipeline.image_text_encoder = pipeline.token_encoder = "offline"
@@ -66,4 +67,6 @@ def losses_of(model: Any) -> set[str]:
     weighted = {name.removesuffix("_mult") for name, weight in vars(model).items() if name.endswith("_mult") and weight}
     if not getattr(model, "predict_normals", False):
         weighted -= {"orientation_loss", "pred_normal_loss"}
-    return {f"{name.removesuffix('_loss')}_loss" for name in weighted} | {"rgb_loss"}
+    return {f"{name.removesuffix('_loss')}_loss" for name in weighted} | {
+        "main_loss" if hasattr(model, "ssim_lambda") else "rgb_loss"
+    }
