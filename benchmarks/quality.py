@@ -238,7 +238,7 @@ def run(arguments: argparse.Namespace) -> Results:
 
 def run_job(job: Job, rows: Sequence[str], results: Results) -> None:
     missing = [row for row in rows if not results.has(job, row)]
-    held: dict = {"full": None} if "average-3d" in missing else {}
+    held: dict = {"full": None} if {"average-3d", "lift"} & set(missing) else {}
     for row in missing:
         print(f"=== {job.name}, {job.encoder}, {row}, seed {job.seed}", flush=True)
         try:

@@ -1,7 +1,7 @@
-"""The rows of the quality benchmark: what each changes of a method's config, how it is trained, and the references.
+"""The rows of the quality benchmark: what each changes of a method's config, and how it is trained.
 
 A row is either a training run with a few settings changed (`CHANGES` and the three patterns below it), or a reference
-that shows what the field adds: the 2D pyramid alone, its plain average over 3D points, and a run on true labels.
+of `quality_references`.
 """
 
 from __future__ import annotations
@@ -13,35 +13,23 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils import writer
-from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image
-from torch import Tensor
+from quality_references import SPLITS, QualityError, Scores, TrueTeachers, average, lift, pyramid
 
 from ovs3d_nerfstudio.data.annotations import Annotations
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
-from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
-from ovs3d_nerfstudio.evaluation.metrics import match_classes, relabel
-from ovs3d_nerfstudio.evaluation.splits import SegmentedView, evaluate_split
-from ovs3d_nerfstudio.features.basis import scale_cells
-from ovs3d_nerfstudio.features.extraction import extract, read_picture
-from ovs3d_nerfstudio.models.nerf import OVS3DModel, OVS3DModelConfig
+from ovs3d_nerfstudio.evaluation.splits import evaluate_split
+from ovs3d_nerfstudio.models.nerf import OVS3DModelConfig
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
-from ovs3d_nerfstudio.prompts.prompts import find_classes_file, read_classes_file, read_prompts_file
+from ovs3d_nerfstudio.prompts.prompts import find_classes_file, read_classes_file
 
-SPLITS = ("test", "train")
-"""Held-out protocol, and the paper's: annotated views that are trained on, their labels never."""
 PROCESS = Path("/proc/self")
 NEVER = 10**9
 """A step that no run reaches."""
@@ -73,24 +61,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "pyramid-2d": {},
     "average-3d": {},
+    "lift": {},
 }
-REFERENCES = ("pyramid-2d", "average-3d", "truth")
+AVERAGES = {"average-3d": average, "lift": lift}
+"""Training-free averages over what geometry says: of rays, of Gaussians."""
+REFERENCES = ("pyramid-2d", *AVERAGES, "truth")
 """What cannot be joined with another row."""
 ROWS = (
     *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch", "no-color"),
     *("scale-5", "scale-7", "scale-10"),
     *("uniform-scales", "undetached", "relevancy", "views-10", "views-20"),
-    *("ovs3d-paper", "paper", *REFERENCES),
+    *("ovs3d-paper", "paper", "pyramid-2d", "average-3d", "truth"),
 )
 """All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N; A+B is both."""
-DEPTH_SHRINK = 1 / 3
-"""Training views' depth is rendered smaller for `average-3d`: cells are larger than three pixels anyway."""
-DEPTH_TOLERANCE = 0.03
-"""A point counts as seen by a view when it is not farther than this share behind what the view renders there."""
-
-
-class QualityError(ValueError):
-    """A row cannot be run as asked; the message is a sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +99,7 @@ class Job:
 class Outcome:
     """What was measured of one row."""
 
-    splits: dict[str, tuple[dict, list[SegmentedView]]]
-    """Summary and views of each split that has annotated views."""
+    splits: Scores
     costs: dict[str, float | None]
     """Minutes of training and of preparing features (little when they were cached), and peak memory while training."""
 
@@ -149,14 +131,14 @@ def measure(job: Job, row: str, held: dict[str, OVS3DPipeline]) -> Outcome:
     """Trains and evaluates one row.
 
     Args:
-        held: where `full` leaves its pipeline, if it has that key, for `average-3d` to take out.
+        held: where `full` leaves its pipeline, if it has that key, for an average to take out.
     """
     if row == "pyramid-2d":
-        return _pyramid(job)
-    if row == "average-3d":
-        # Semantic losses do not reach the density, so geometry alone is as good as the run of `full`.
+        return Outcome(pyramid(row_config(job, row, {}), job.scene, check_scene(job.scene)), NO_COSTS)
+    if row in AVERAGES:
+        # Semantic losses do not reach the geometry, which alone is as good as that of the run of `full`.
         pipeline = held.pop("full", None) or train(job, "full", {"model.semantics_start": NEVER})[0]
-        return Outcome(_average(pipeline), NO_COSTS)
+        return Outcome(AVERAGES[row](pipeline), NO_COSTS)
     changes = {path: value for part in row.split("+") for path, value in CHANGES.get(part, {}).items()}
     pipeline, costs = train(job, row, changes)
     manager, evaluator, splits = pipeline.datamanager, pipeline.evaluator, {}
@@ -231,7 +213,6 @@ def train(job: Job, row: str, changes: dict[str, Any]) -> tuple[OVS3DPipeline, d
     pipeline.prepare_features()
     if row == "truth":
         pipeline.datamanager.teachers = TrueTeachers(pipeline)
-        pipeline.datamanager.config.num_windows = 0
     prepared = time.time()
     trainer.train()
     minutes = {"minutes": (time.time() - prepared) / 60, "feature_minutes": (prepared - started) / 60}
@@ -242,34 +223,6 @@ def train(job: Job, row: str, changes: dict[str, Any]) -> tuple[OVS3DPipeline, d
     if not job.keep_runs:
         shutil.rmtree(trainer.base_dir, ignore_errors=True)
     return pipeline, costs
-
-
-class TrueTeachers:
-    """Stands in for `Teachers`: a ray is taught the text embedding of its true class, at every scale."""
-
-    def __init__(self, pipeline: OVS3DPipeline):
-        self.num_scales = pipeline.config.model.num_scales
-        paths = pipeline.datamanager.train_dataset.image_filenames
-        folder = paths[0].parent.parent
-        classes = find_classes_file(folder)
-        if classes is None or not (folder / "label_maps").is_dir():
-            raise QualityError(f"The row 'truth' needs the folder {folder / 'label_maps'}; leave the row out.")
-        prompts, listed = pipeline.model.segmenter.prompts, read_prompts_file(classes)
-        # A label map holds line numbers of classes.txt; anything beyond is no class, here the last row, which is zero.
-        order = np.full(256, -1)
-        order[: len(listed)] = [prompts.index(name) for name in listed]
-        maps = [np.asarray(Image.open(folder / "label_maps" / f"{path.stem}.png")) for path in paths]
-        self.labels = torch.from_numpy(order[np.stack(maps)]).to(pipeline.device)
-        segmenter = pipeline.model.segmenter
-        taught = segmenter.project(segmenter.text).T
-        self.taught = torch.cat([taught, torch.zeros_like(taught[:1])])
-        self.ranges = taught.new_zeros(len(paths), self.num_scales, 2, len(prompts))  # RDA takes no part
-
-    def at(self, view: Int[Tensor, " R"], y: Float[Tensor, " R"], x: Float[Tensor, " R"]) -> Float[Tensor, "R S K"]:
-        """Coefficients of the true class of each pixel; `y`, `x` in [0, 1) of the picture's height and width."""
-        _, height, width = self.labels.shape
-        label = self.labels[view, (y * height).long(), (x * width).long()]
-        return self.taught[label][:, None].expand(-1, self.num_scales, -1)
 
 
 def restrict_views(scene: Path, count: int, folder: Path) -> Path:
@@ -298,114 +251,6 @@ def restrict_views(scene: Path, count: int, folder: Path) -> Path:
     shutil.copytree(root / "segmentations", folder / "segmentations", dirs_exist_ok=True)
     (folder / "transforms.json").write_text(json.dumps(meta))
     return (folder / "transforms.json").resolve()
-
-
-def _score(
-    data: Path, paths: dict[str, list[Path]], prompts: Sequence[str], predict: Callable[[str, int], np.ndarray]
-) -> dict[str, tuple[dict, list[SegmentedView]]]:
-    """What `evaluate_split` does, for labels that no pipeline renders: `predict` gives those of a view of a split."""
-    result = {}
-    for split in SPLITS:
-        evaluator = Evaluator.of_scene(data, paths[split], [path for s in SPLITS for path in paths[s]])
-        assert evaluator is not None, "check_scene comes first"
-        order, views = match_classes(evaluator.annotations.classes, prompts), []
-        for i, name in enumerate(evaluator.views):
-            if name in evaluator.annotations.views:
-                labels = predict(split, i)
-                evaluator.record(i, torch.from_numpy(labels), prompts)
-                truth = relabel(evaluator.truth(i, *labels.shape), order)
-                views.append(SegmentedView(name, read_picture(paths[split][i]).numpy(), labels, truth))
-        if views:
-            result[split] = ({**evaluator.summary(), "psnr": None}, views)
-    return result
-
-
-def _pyramid(job: Job) -> Outcome:
-    """The mean of the normalised cells at each pixel of the evaluated views themselves, compared with the prompts."""
-    config = row_config(job, "pyramid-2d", {})
-    manager, device = config.pipeline.datamanager, config.machine.device_type
-    parser = copy.deepcopy(manager.dataparser)
-    parser.data = manager.data
-    # While it trains, nerfstudio holds the views of `val` out, so these are the ones that the other rows are measured on.
-    paths = {
-        s: parser.setup().get_dataparser_outputs(split=n).image_filenames
-        for s, n in zip(SPLITS, ("val", "train"), strict=True)
-    }
-    prompts = check_scene(job.scene)
-    encoder = image_text_encoder(job.encoder, device)
-    tokens = token_encoder(config.pipeline.token_encoder, device)
-    text = encoder.embed_text(prompts)
-
-    def predict(path: Path) -> np.ndarray:
-        views = extract([path], encoder, tokens, manager.scales, manager.feature_cache_dir, CONSOLE)
-        height, width = views.sizes[0]
-        scores = torch.zeros(height, width, len(prompts))
-        for grid, cells in zip(views.grids(0), scale_cells(views, 0), strict=True):
-            row = ((torch.arange(height) + 0.5) / height * grid.rows).long()
-            col = ((torch.arange(width) + 0.5) / width * grid.cols).long()
-            scores += (cells @ text.T).view(grid.rows, grid.cols, -1)[row][:, col]
-        return scores.argmax(-1).numpy()
-
-    return Outcome(_score(job.scene, paths, prompts, lambda split, i: predict(paths[split][i])), NO_COSTS)
-
-
-def _average(pipeline: OVS3DPipeline) -> dict[str, tuple[dict, list[SegmentedView]]]:
-    """Each pixel's 3D point by the field's own depth; similarities averaged over the training views that see it.
-
-    Points are projected without lens distortion.
-    """
-    pipeline.eval()
-    manager, model = pipeline.datamanager, pipeline.model
-    datasets = {"test": manager.eval_dataset, "train": manager.train_dataset}
-    cameras = manager.train_dataset.cameras.to(pipeline.device)
-    depths = []
-    for i in range(len(cameras)):
-        camera = cameras[i : i + 1]
-        camera.rescale_output_resolution(DEPTH_SHRINK)
-        depths.append(_depth(model, camera)[0])
-    # The same cells as the pyramid's, as similarities with the prompts; the prompts lie in the basis, so nothing is lost.
-    assert manager.teachers is not None, "train() prepared the features"
-    cells = copy.copy(manager.teachers)
-    cells.cells = cells.cells.float() @ model.segmenter.project(model.segmenter.text)
-
-    def predict(camera: Cameras) -> np.ndarray:
-        _, points = _depth(model, camera)
-        total = torch.zeros(*points.shape[:2], len(model.segmenter.prompts), device=points.device)
-        for i, depth in enumerate(depths):
-            y, x, distance = _project(points, cameras[i])
-            inside = (distance > 0) & (y >= 0) & (y < 1) & (x >= 0) & (x < 1)
-            y, x = y[inside], x[inside]
-            there = depth[(y * depth.shape[0]).long(), (x * depth.shape[1]).long()]
-            # What no view sees unhidden is still told by the views that have it in their picture.
-            weight = (distance[inside] < there * (1 + DEPTH_TOLERANCE)).float() + 1e-3
-            total[inside] += weight[:, None] * cells.at(torch.full_like(y, i, dtype=torch.long), y, x).mean(1)
-        return total.argmax(-1).cpu().numpy()
-
-    data, paths = Path(manager.config.data or "."), {s: dataset.image_filenames for s, dataset in datasets.items()}
-    views = {split: dataset.cameras.to(pipeline.device) for split, dataset in datasets.items()}
-    return _score(data, paths, model.segmenter.prompts, lambda split, i: predict(views[split][i : i + 1]))
-
-
-@torch.no_grad()
-def _depth(model: OVS3DModel, camera: Cameras) -> tuple[Float[Tensor, "H W"], Float[Tensor, "H W 3"]]:
-    """Distance along each ray of one camera, and the point there; no semantics are rendered."""
-    rays = camera.generate_rays(camera_indices=0, keep_shape=True)
-    flat, chunk = rays.flatten(), model.config.eval_num_rays_per_chunk
-    parts = [model(flat[i : i + chunk], semantics=False)["depth"] for i in range(0, len(flat), chunk)]
-    depth = torch.cat(parts).view(*rays.shape, 1)
-    return depth[..., 0], rays.origins + depth * rays.directions
-
-
-def _project(
-    points: Float[Tensor, "H W 3"], camera: Cameras
-) -> tuple[Float[Tensor, "H W"], Float[Tensor, "H W"], Float[Tensor, "H W"]]:
-    """Where a pinhole camera sees points, as shares of its height and width, and how far away; −1 when behind it."""
-    pose = camera.camera_to_worlds
-    local = (points - pose[:, 3]) @ pose[:, :3]
-    forward = -local[..., 2].clamp(max=-1e-6)
-    x = (camera.cx + camera.fx * local[..., 0] / forward) / camera.width
-    y = (camera.cy - camera.fy * local[..., 1] / forward) / camera.height
-    return y, x, torch.where(local[..., 2] < 0, local.norm(dim=-1), -1.0)
 
 
 def _reset_peak() -> None:

@@ -95,7 +95,9 @@ class SemanticField(nn.Module):
         else:
             unit = SceneBox.get_normalized_positions(positions, self.aabb)
         h = self.last(self.hidden(self.grid(unit.clamp(0, 1).reshape(-1, 3)).to(torch.float32)))
-        h = h.view(*positions.shape[:-1], self.last.out_features).float()  # in half precision a great saliency would be infinite
+        h = h.view(
+            *positions.shape[:-1], self.last.out_features
+        ).float()  # in half precision a great saliency would be infinite
         coefficients, scales, saliency = h.split([self.dim, self.num_scales, 1], dim=-1)
         return coefficients, scales, (SALIENCY_GAIN * saliency).clamp(-SALIENCY_LIMIT, SALIENCY_LIMIT).exp()
 
