@@ -23,9 +23,7 @@ from ovs3d_nerfstudio.evaluation.metrics import match_classes, relabel
 from ovs3d_nerfstudio.evaluation.splits import SegmentedView
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import extract
-from ovs3d_nerfstudio.gaussians.plan import Plan
 from ovs3d_nerfstudio.models.nerf import OVS3DModel
-from ovs3d_nerfstudio.models.splat import view_matrix
 from ovs3d_nerfstudio.pictures import read_picture
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 from ovs3d_nerfstudio.prompts.prompts import find_classes_file, read_prompts_file
@@ -167,9 +165,6 @@ def lift(pipeline: OVS3DPipeline) -> Scores:
     assert teachers is not None, "train() prepared the features"
     text = model.segmenter.project(model.segmenter.text)
 
-    def plan(camera: Cameras) -> Plan:
-        return model._plan(camera, view_matrix(camera.camera_to_worlds))
-
     total = torch.zeros(model.num_points, len(prompts) + 1, device=pipeline.device)
     cameras = manager.train_dataset.cameras.to(pipeline.device)
     for i in range(len(cameras)):
@@ -179,12 +174,12 @@ def lift(pipeline: OVS3DPipeline) -> Scores:
         view = torch.full((height * width,), i)
         told = (F.normalize(teachers.at(view, y.flatten(), x.flatten()), dim=-1) @ text).mean(1)
         told = torch.cat([told, torch.ones_like(told[:, :1])], -1).view(1, height, width, -1)
-        seen = plan(camera)
+        seen = model.plan_of(camera)
         total.index_add_(0, seen.gaussians, seen.gather(told))
     similarities = total[:, :-1] / total[:, -1:].clamp(min=1e-6)
 
     def predict(camera: Cameras) -> np.ndarray:
-        return plan(camera).composite(similarities)[0][0].argmax(-1).cpu().numpy()
+        return model.plan_of(camera).composite(similarities)[0][0].argmax(-1).cpu().numpy()
 
     datasets = {"test": manager.eval_dataset, "train": manager.train_dataset}
     data, paths = Path(manager.config.data or "."), {s: dataset.image_filenames for s, dataset in datasets.items()}

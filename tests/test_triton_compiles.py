@@ -74,13 +74,15 @@ class Launch:
 
 
 def hash_grids_of(method: str) -> set[tuple[int, ...]]:
-    """Rows, features, levels of each hash grid of a method, and its rays a step."""
+    """Rows, features, levels of each hash grid of a method, and its rays or, of Gaussians, rays of windows a step."""
     pipeline = copy.deepcopy(all_methods[method].pipeline)
     pipeline.model.implementation = "torch"
     box = SceneBox(torch.tensor([[-1.0, -1, -1], [1, 1, 1]]))
     model = pipeline.model.setup(scene_box=box, num_train_data=1, metadata={})
     grids = (module for module in model.modules() if isinstance(module, FastHashEncoding))
-    return {(*grid.hash_table.shape, grid.num_levels, pipeline.datamanager.train_num_rays_per_batch) for grid in grids}
+    data = pipeline.datamanager
+    rays = getattr(data, "train_num_rays_per_batch", data.num_windows * (data.window_size * data.rays_a_token) ** 2)
+    return {(*grid.hash_table.shape, grid.num_levels, rays) for grid in grids}
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,8 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
     def next_step(
         self, step: int, semantics: bool, windows: bool, colors: bool
     ) -> tuple[Cameras, Windows | None, dict]:
-        """What a step trains on: a camera and the batch of its photo; or, with `semantics`, windows and the camera of each.
+        """What a step trains on: a camera and the batch of its photo; or, with `semantics`, windows and
+        the camera of each, on the CPU.
 
         The batch then has `teachers` and `ranges` of the windows' pixels (see `teachers_of`) and the windows themselves, colours
         included where `colors` asks for them. Pixels that a mask ignores are no part of the former.
@@ -82,7 +83,7 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
         assert drawn is not None and drawn.pixels is not None, "at least one window is drawn, on the CPU"
         pixels = drawn.pixels if drawn.seen is None else drawn.pixels[drawn.seen.flatten().cpu()]
         teachers, ranges = self.teachers_of(pixels)
-        cameras = self.train_dataset.cameras[drawn.pixels[:: drawn.side**2, 0]].to(self.device)
+        cameras = self.train_dataset.cameras[drawn.pixels[:: drawn.side**2, 0]]
         return cameras, drawn, {"teachers": teachers, "ranges": ranges, "windows": drawn}
 
     def next_train(self, step: int) -> tuple[Cameras, dict]:

@@ -106,9 +106,11 @@ class Teaching(DataManager):
         if colors:
             colored = []
             assert windows.pixels is not None, "they are drawn on the CPU"
-            for rays in windows.pixels.split(windows.side**2):
-                view = int(rays[0, 0])
+            of_windows = (indices.split(windows.side**2) for indices in (windows.pixels, windows.indices))
+            for on_cpu, on_device in zip(*of_windows, strict=True):
+                view = int(on_cpu[0, 0])
                 photo = photos[view] if photos else self.train_dataset.get_image_float32(view)
+                rays = on_cpu if photo.device.type == "cpu" else on_device
                 seen = photo[rays[:, 1], rays[:, 2], :3]
                 colored.append(seen.float() / 255 if seen.dtype == torch.uint8 else seen)
             windows.colors = torch.stack(colored).to(self.device, non_blocking=True)

@@ -5,7 +5,7 @@ Geometry comes first and stands still once the semantic losses begin: a step of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -189,7 +189,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         if self.crop_box is not None:
             chosen = self.crop_box.within(self.means).squeeze(-1).nonzero()[:, 0]
         viewmat = view_matrix(camera.camera_to_worlds)
-        plan = self._plan(camera, viewmat, chosen=chosen)
+        plan = self.plan_of(camera, chosen)
         seen = plan.gaussians if chosen is None else chosen[plan.gaussians]
         channels = [self._colors(seen, viewmat), plan.visible(plan.depths[..., None])]
         semantics = getattr(self._call, "semantics", self.segmenter.ready)
@@ -217,16 +217,19 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         return outputs | shown
 
     def _outputs_of(self, windows: Windows, cameras: Cameras) -> dict:
-        """The semantics of each ray of the windows, composited over the Gaussians that meet a window."""
+        """The semantics of each ray of the windows, composited over the Gaussians that meet a window; `cameras` on the CPU."""
         assert windows.pixels is not None, "windows are drawn on the CPU"
         plans, places = [], []
+        # What cameras are is known on the CPU, so that no window has the device waited for.
+        poses = view_matrix(cameras.camera_to_worlds).to(self.device, non_blocking=True)
+        intrinsics = cameras.get_intrinsics_matrices().to(self.device, non_blocking=True)
+        sizes = torch.cat([cameras.width, cameras.height], -1).tolist()
         with torch.set_grad_enabled(not self.config.detach_density):
             for i, pixels in enumerate(windows.pixels.split(windows.side**2)):
                 low, high = pixels[:, 1:].amin(0), pixels[:, 1:].amax(0)
                 top, left, down, right = (int(edge) for edge in (*low, *high))
-                camera = cameras[i : i + 1]
                 window = (left, top, right - left + 1, down - top + 1)
-                plans.append(self._plan(camera, view_matrix(camera.camera_to_worlds), window))
+                plans.append(self._plan(poses[i : i + 1], intrinsics[i : i + 1], sizes[i], window))
                 places.append((pixels[:, 1] - top) * window[2] + pixels[:, 2] - left)
         coefficients, logits, saliency = self.semantic_field(
             self.means[torch.cat([plan.gaussians for plan in plans])].detach()
@@ -245,19 +248,24 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
 
     def _plan(
         self,
-        camera: Cameras,
         viewmat: Float[Tensor, "1 4 4"],
+        intrinsics: Float[Tensor, "1 3 3"],
+        size: Sequence[int],
         window: Window | None = None,
         chosen: Int[Tensor, " m"] | None = None,
     ) -> Plan:
-        """The Gaussians, or the chosen ones, as the camera sees them."""
+        """The Gaussians, or the chosen ones, as a camera whose pictures have `size` (width and height) sees them."""
         shape = (self.means, self.quats, self.scales.exp(), self.opacities.sigmoid().squeeze(-1))
         if chosen is not None:
             shape = tuple(part[chosen] for part in shape)
-        intrinsics = camera.get_intrinsics_matrices().to(self.device)
-        size = int(camera.width), int(camera.height)
         mode = self.config.rasterize_mode
         return plan_views(*shape, viewmat, intrinsics, *size, rasterize_mode=mode, window=window)
+
+    def plan_of(self, camera: Cameras, chosen: Int[Tensor, " m"] | None = None) -> Plan:
+        """The Gaussians, or the chosen ones, as one camera sees them: what does not depend on what is composited."""
+        intrinsics = camera.get_intrinsics_matrices().to(self.device)
+        size = int(camera.width), int(camera.height)
+        return self._plan(view_matrix(camera.camera_to_worlds), intrinsics, size, chosen=chosen)
 
     def _sh_degree(self) -> int | None:
         config = self.config
