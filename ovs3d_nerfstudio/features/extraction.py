@@ -72,7 +72,6 @@ def patch_boxes(grid: ScaleGrid, key: str, k: int) -> Float[Tensor, "P 4"]:
     return grid.jittered_boxes(torch.Generator().manual_seed(int(key[:12], 16) + k))
 
 
-@single_precision()
 def extract(
     paths: Sequence[Path],
     image_text_encoder: ImageTextEncoder,
@@ -183,6 +182,7 @@ def check_size(path: Path, height: int, width: int, scales: Sequence[float]) -> 
         raise PictureError(f"{path}: {error}") from None
 
 
+@single_precision()
 def embed_pyramid(
     picture: UInt8[Tensor, "H W 3"],
     key: str,
@@ -208,6 +208,7 @@ def embed_pyramid(
     return patches
 
 
+@single_precision()
 def embed_tokens(picture: UInt8[Tensor, "H W 3"], encoder: TokenEncoder) -> dict[str, Tensor]:
     """The token grid of a view, see `compact_tokens`."""
     return {"tokens": compact_tokens(encoder.embed_picture(picture), encoder.kept_dims)}

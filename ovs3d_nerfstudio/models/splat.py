@@ -5,7 +5,7 @@ Geometry comes first and stands still once the semantic losses begin: a step of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -229,7 +229,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
                 low, high = pixels[:, 1:].amin(0), pixels[:, 1:].amax(0)
                 top, left, down, right = (int(edge) for edge in (*low, *high))
                 window = (left, top, right - left + 1, down - top + 1)
-                plans.append(self._plan(poses[i : i + 1], intrinsics[i : i + 1], sizes[i], window))
+                plans.append(self._plan(poses[i : i + 1], intrinsics[i : i + 1], (sizes[i][0], sizes[i][1]), window))
                 places.append((pixels[:, 1] - top) * window[2] + pixels[:, 2] - left)
         coefficients, logits, saliency = self.semantic_field(
             self.means[torch.cat([plan.gaussians for plan in plans])].detach()
@@ -250,7 +250,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         self,
         viewmat: Float[Tensor, "1 4 4"],
         intrinsics: Float[Tensor, "1 3 3"],
-        size: Sequence[int],
+        size: tuple[int, int],
         window: Window | None = None,
         chosen: Int[Tensor, " m"] | None = None,
     ) -> Plan:
