@@ -226,7 +226,7 @@ _splat_lite = _splat(
     500,
     1000,
     _HASTY,
-    {"num_windows": 1, "window_size": 16, "rays_a_token": 2},
+    {"num_windows": 2, "window_size": 16, "rays_a_token": 2},
     OVS3DSplatModelConfig(
         num_downscales=0,
         sh_degree=0,
