@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from ovs3d_nerfstudio.fields import hash_grid_triton  # noqa: E402
 
+pytestmark = pytest.mark.slow
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 """Turing, Ampere, Ampere and Ada of consumers, Hopper, Blackwell, Blackwell of consumers."""
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64"}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 from torch import Tensor
@@ -44,6 +46,13 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
     """
 
     config: OVS3DImagesConfig
+
+    def __init__(self, config: OVS3DImagesConfig, *args: Any, **kwargs: Any):
+        parser = config.dataparser
+        if isinstance(parser, NerfstudioDataParserConfig):
+            # Where there are none, nerfstudio says that it begins at random, or asks on the terminal.
+            parser.load_3D_points = _names_points(Path(config.data or parser.data))
+        super().__init__(config, *args, **kwargs)
 
     def create_train_dataset(self) -> OVS3DDataset:
         dataset = super().create_train_dataset()
@@ -100,3 +109,12 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
     def photos_in_memory(self) -> Mapping[int, Tensor]:
         """All of them."""
         return {view: kept["image"] for view, kept in enumerate(self.cached_train)}
+
+
+def _names_points(data: Path) -> bool:
+    """Whether a transforms.json names sparse points; what is wrong with it is said when it is parsed."""
+    try:
+        meta = json.loads((data if data.suffix == ".json" else data / "transforms.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(meta, dict) and bool(meta.get("ply_file_path"))
