@@ -224,9 +224,9 @@ _splat_best = _splat(
 _splat_lite = _splat(
     "ovs3d-splat-lite",
     500,
-    1000,
+    1600,
     _HASTY,
-    {"num_windows": 2, "window_size": 16, "rays_a_token": 2},
+    {"num_windows": 1, "window_size": 16, "rays_a_token": 2},
     OVS3DSplatModelConfig(
         num_downscales=0,
         sh_degree=0,

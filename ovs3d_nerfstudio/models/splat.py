@@ -199,8 +199,9 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         render, alphas = plan.composite_visible(torch.cat(channels, -1))
         image, alpha = render[0], alphas[0]
         background = self._get_background_color()
-        there = image / alpha.clamp(min=LEAST_ALPHA)
-        depth = torch.where(alpha > 0, there[..., 3:4], there[..., 3:4].max())
+        solid = alpha.clamp(min=LEAST_ALPHA)
+        depth = image[..., 3:4] / solid
+        depth = torch.where(alpha > 0, depth, depth.max())
         outputs = {
             "rgb": (image[..., :3] + (1 - alpha) * background).clamp(0, 1),
             "depth": depth,
@@ -210,7 +211,8 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         if not semantics:
             return outputs
         dim = self.semantic_field.dim
-        rendered = self.semantics_of(there[..., 4 : 4 + dim], there[..., 4 : 4 + dim], there[..., 4 + dim :])
+        coefficients = image[..., 4 : 4 + dim]  # of which only the direction counts
+        rendered = self.semantics_of(coefficients, coefficients, image[..., 4 + dim :] / solid)
         shown = self.shown(rendered, outputs["rgb"])
         if "directions" in shown:
             shown["directions"] = packed(shown["directions"])
