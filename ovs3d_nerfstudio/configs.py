@@ -129,6 +129,16 @@ _UNMIXING: dict[str, Any] = {
     "class_scores": "auto",
 }
 
+_SMALL_FIELD: dict[str, Any] = {
+    **_UNMIXING,
+    "semantic_levels": 12,
+    "semantic_log2_hashmap_size": 17,
+    "semantic_max_res": 512,
+    "fda_pairs": 4096,
+}
+"""Semantics in the size of a laptop, whatever the geometry."""
+_OFFLINE = {"image_text_encoder": "offline", "token_encoder": "offline"}
+
 _paper = _nerf(
     "ovs3d-paper",
     30000,
@@ -199,17 +209,12 @@ _lite = _nerf(
         camera_optimizer=CameraOptimizerConfig(mode="off"),
         appearance_embed_dim=0,
         use_appearance_embedding=False,
-        semantic_levels=12,
-        semantic_log2_hashmap_size=17,
-        semantic_max_res=512,
         semantic_samples=6,
         semantics_start=300,
         fda_start=400,
-        **_UNMIXING,
-        fda_pairs=4096,
+        **_SMALL_FIELD,
     ),
-    image_text_encoder="offline",
-    token_encoder="offline",
+    **_OFFLINE,
 )
 
 _splat_best = _splat(
@@ -232,14 +237,9 @@ _splat_lite = _splat(
         sh_degree=0,
         ssim_lambda=0.0,
         stop_split_at=0,
-        semantic_levels=12,
-        semantic_log2_hashmap_size=17,
-        semantic_max_res=512,
-        **_UNMIXING,
-        fda_pairs=4096,
+        **_SMALL_FIELD,
     ),
-    image_text_encoder="offline",
-    token_encoder="offline",
+    **_OFFLINE,
 )
 
 ovs3d = MethodSpecification(

@@ -22,7 +22,6 @@ from ovs3d_nerfstudio.data.scene_checks import SceneError
 from ovs3d_nerfstudio.data.seeds import seed_points
 from ovs3d_nerfstudio.data.teaching import Teaching, TeachingConfig
 from ovs3d_nerfstudio.engine.option_checks import SIZE, Range
-from ovs3d_nerfstudio.features.extraction import default_cache_dir
 from ovs3d_nerfstudio.features.teachers import Windows
 
 
@@ -65,9 +64,8 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
         metadata = self.train_dataparser_outputs.metadata
         if self.test_mode == "val":
             parsed = self.train_dataparser_outputs
-            data = Path(self.config.data or dataset.image_filenames[0].parent)
-            cache = self.config.feature_cache_dir or default_cache_dir(data)
-            seeds = seed_points(parsed, dataset.image_filenames, parsed.cameras, cache, CONSOLE)
+            self.train_dataset = dataset
+            seeds = seed_points(parsed, dataset.image_filenames, parsed.cameras, self.cache_folder(), CONSOLE)
             CONSOLE.print(escape(seeds.origin))
             points, colors = torch.from_numpy(seeds.positions), torch.from_numpy(seeds.colors)
         else:
@@ -101,9 +99,8 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
         photos = len(self.train_dataset)
         turn, place = divmod(step, photos)
         order = torch.randperm(photos, generator=torch.Generator().manual_seed(turn))
-        self.train_unseen_cameras = [
-            int(order[place])
-        ] * 2  # nerfstudio's takes the first, and wants another to be there
+        # nerfstudio's takes the first, and wants another to be there.
+        self.train_unseen_cameras = [int(order[place])] * 2
         return super().next_train(step)
 
     def photos_in_memory(self) -> Mapping[int, Tensor]:

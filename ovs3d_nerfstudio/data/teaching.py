@@ -60,16 +60,20 @@ class Teaching(DataManager):
 
     def extract_features(self, image_text_encoder: ImageTextEncoder, token_encoder: TokenEncoder) -> CachedViews:
         """The features of the training views, from the cache or made now."""
-        data = self.config.data or self.train_dataset.image_filenames[0].parent
         return extract(
             self.train_dataset.image_filenames,
             image_text_encoder,
             token_encoder,
             self.config.scales,
-            self.config.feature_cache_dir or default_cache_dir(Path(data)),
+            self.cache_folder(),
             CONSOLE,
             self.config.clip_features,
         )
+
+    def cache_folder(self) -> Path:
+        """Where what is found in the photos is kept. Raises CacheError when the data's own folder for it leads elsewhere."""
+        data = self.config.data or self.train_dataset.image_filenames[0].parent
+        return self.config.feature_cache_dir or default_cache_dir(Path(data))
 
     def teach(self, views: CachedViews, basis: Basis) -> Teachers:
         """Hold the features of `views` as coefficients of `basis` for the steps to come."""

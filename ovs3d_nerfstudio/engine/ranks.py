@@ -48,8 +48,12 @@ def watch(died: Callable[[int], None]) -> None:
     Rank 0 looks at all others, and they at rank 0, so that the death of one ends all. Call it on every rank, once.
     """
     _goodbye.clear()
-    for other in range(1, count()) if rank() == 0 else (0,):
+    for other in _partners():
         threading.Thread(target=_listen, args=(other, died), name=f"ovs3d watches rank {other}", daemon=True).start()
+
+
+def _partners() -> Iterable[int]:
+    return range(1, count()) if rank() == 0 else (0,)
 
 
 def _listen(other: int, died: Callable[[int], None]) -> None:
@@ -64,7 +68,7 @@ def leave() -> None:
     """The end of the work of every rank: those that `watch` learn that nobody died."""
     wait_for_all()
     _goodbye.set()
-    for other in range(1, count()) if rank() == 0 else (0,):
+    for other in _partners():
         dist.send(torch.zeros(1), dst=other, group=_watchers)
     wait_for_all()
     dist.destroy_process_group()

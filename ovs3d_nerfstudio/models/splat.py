@@ -120,8 +120,10 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         With a `batch` to learn from: the outputs, the losses and the metrics.
         """
         self.batches += self.training
-        self._call.semantics = semantics and self.segmenter.ready
-        outputs = self.get_outputs(camera) if windows is None else self._outputs_of(windows, camera)
+        if windows is not None:
+            outputs = self._outputs_of(windows, camera)
+        else:
+            outputs = self._training_outputs(camera) if self.training else self._view_outputs(camera, semantics)
         if batch is None:
             return outputs
         metrics = self.get_metrics_dict(outputs, batch) if windows is None else {}
@@ -182,17 +184,16 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         }
 
     @torch.no_grad()
-    def _view_outputs(self, camera: Cameras) -> dict:
-        """Colour, depth and all channels of the semantics in one go."""
+    def _view_outputs(self, camera: Cameras, semantics: bool = True) -> dict:
+        """Colour, depth and, where they are wanted and there are some, all channels of the semantics in one go."""
         width, height = int(camera.width), int(camera.height)
         chosen = None
         if self.crop_box is not None:
             chosen = self.crop_box.within(self.means).squeeze(-1).nonzero()[:, 0]
-        viewmat = view_matrix(camera.camera_to_worlds)
         plan = self.plan_of(camera, chosen)
         seen = plan.gaussians if chosen is None else chosen[plan.gaussians]
-        channels = [self._colors(seen, viewmat), plan.visible(plan.depths[..., None])]
-        semantics = getattr(self._call, "semantics", self.segmenter.ready)
+        channels = [self._colors(seen, camera.camera_to_worlds[0, :, 3]), plan.visible(plan.depths[..., None])]
+        semantics = semantics and self.segmenter.ready
         if semantics:
             coefficients, logits, _ = self.semantic_field(self.means[seen])
             channels += [coefficients, logits]
@@ -280,11 +281,12 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
             base, rest = base[chosen], rest[chosen]
         return torch.cat([base[:, None], rest], 1) if self.config.sh_degree > 0 else base.sigmoid()
 
-    def _colors(self, seen: Int[Tensor, " m"], viewmat: Float[Tensor, "1 4 4"]) -> Float[Tensor, "m 3"]:
+    def _colors(self, seen: Int[Tensor, " m"], centre: Float[Tensor, "3"]) -> Float[Tensor, "m 3"]:
+        """The colours of Gaussians as a camera at `centre` sees them."""
         coefficients, degree = self._coefficients(seen), self._sh_degree()
         if degree is None:
             return coefficients
-        return harmonics(degree, self.means[seen] - torch.inverse(viewmat)[0, :3, 3], coefficients)
+        return harmonics(degree, self.means[seen] - centre, coefficients)
 
 
 def view_matrix(poses: Float[Tensor, "c 3 4"]) -> Float[Tensor, "c 4 4"]:
