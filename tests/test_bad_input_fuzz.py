@@ -15,9 +15,9 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from PIL import Image
 
 from ovs3d_nerfstudio.cli.eval import parse_mapping
-from ovs3d_nerfstudio.cli.points import Frame
 from ovs3d_nerfstudio.data.annotations import AnnotationError, Annotations
 from ovs3d_nerfstudio.data.dataparser import read_poses_bounds
+from ovs3d_nerfstudio.data.frames import Frame, FrameError
 from ovs3d_nerfstudio.data.scene_checks import SceneError, check_cameras, readable_scene
 from ovs3d_nerfstudio.engine.option_checks import OptionError
 from ovs3d_nerfstudio.errors import CommandError
@@ -220,7 +220,7 @@ def test_frames_of_any_json(scene, content):
     (scene / "dataparser_transforms.json").write_text(json.dumps(content))
     try:
         frame = Frame.of_run(scene)
-    except CommandError as error:
+    except FrameError as error:
         assert "missing or broken" in str(error)
         return
     assert np.isfinite(frame.transform).all() and frame.scale != 0

@@ -15,10 +15,10 @@ from nerfstudio.scripts.exporter import ExportGaussianSplat
 from plyfile import PlyData
 
 from ovs3d_nerfstudio.cli.ply import vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.cli.points import Frame, LabelledPoints, connected, objects
+from ovs3d_nerfstudio.cli.points import LabelledPoints, connected, objects
+from ovs3d_nerfstudio.data.frames import Frame, FrameError
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, train_cameras
-from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.models.lpips import lpips_optional
 
 
@@ -86,7 +86,7 @@ def test_a_frame_goes_there_and_back(tmp_path):
     frame, points = Frame.of_run(tmp_path), np.random.default_rng(1).normal(size=(5, 3))
     assert np.allclose(frame.to_data(frame.to_model(points)), points)
     assert np.allclose(frame.to_model(points)[0], 0.3 * (rotation @ points[0] + [1, 2, 3]))
-    with pytest.raises(CommandError, match="missing or broken"):
+    with pytest.raises(FrameError, match="missing or broken"):
         Frame.of_run(tmp_path / "elsewhere")
 
 

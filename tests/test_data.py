@@ -15,7 +15,7 @@ from nerfstudio.data.utils import colmap_parsing_utils as colmap
 from PIL import Image
 from test_training import pipeline, train
 
-from ovs3d_nerfstudio.cli.export import frame_of
+from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.demo.raycast import Camera, _first_hits, cast, render
 from ovs3d_nerfstudio.demo.scene import demo_solids, train_cameras
 from ovs3d_nerfstudio.evaluation.splits import rendered_views
@@ -118,7 +118,7 @@ def seen_of(index: np.ndarray) -> np.ndarray:
 
 def classes_along(opened, rays) -> np.ndarray:
     """The class that each ray of a pipeline meets first in the demo scene."""
-    frame = frame_of(opened)
+    frame = frame_of(opened.datamanager)
     origins = frame.to_data(rays.origins.double().numpy())
     ends = frame.to_data((rays.origins + rays.directions).double().numpy())
     index, _ = _first_hits(SOLIDS, origins.T.astype(np.float32), (ends - origins).T.astype(np.float32))

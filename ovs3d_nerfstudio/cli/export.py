@@ -17,7 +17,8 @@ from ovs3d_nerfstudio.cli.cloud import sample_cloud
 from ovs3d_nerfstudio.cli.common import ask, open_run
 from ovs3d_nerfstudio.cli.labels import ids
 from ovs3d_nerfstudio.cli.ply import positions_of, read_vertices, vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.cli.points import Frame, label_positions, objects
+from ovs3d_nerfstudio.cli.points import label_positions, objects
+from ovs3d_nerfstudio.data.frames import Frame, frame_of
 from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SHARE, SIZE, check_fields
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.files import mask_stem, write_json
@@ -100,7 +101,7 @@ class ExportPointCloud(_Export):
             cloud = cloud[near]
         low, high = np.quantile(cloud.positions, [0.01, 0.99], axis=0)
         if self.frame == "data":
-            frame = frame_of(pipeline)
+            frame = frame_of(pipeline.datamanager)
             cloud.positions, diagonal = frame.to_data(cloud.positions), diagonal / frame.scale
         segmenter = pipeline.model.segmenter
         found = objects(
@@ -150,7 +151,7 @@ class ExportMesh(_Export):
         labels, probability = label_positions(pipeline.model, positions)
         colors = colorize(labels, pipeline.model.segmenter.colors.cpu().numpy())
         if self.frame == "data":
-            frame = frame_of(pipeline)
+            frame = frame_of(pipeline.datamanager)
             positions = frame.to_data(positions)
             if np.linalg.det(frame.transform[:, :3]) < 0:
                 faces = faces[:, ::-1]  # a reflection turns triangles inside out
@@ -179,7 +180,7 @@ class ExportSplat(_Export):
         theirs = Frame.of_run(self.splat_config.parent) if self.splat_config is not None else None
         pipeline = self.opened()
         if theirs is not None:
-            positions = frame_of(pipeline).to_model(theirs.to_data(positions))
+            positions = frame_of(pipeline.datamanager).to_model(theirs.to_data(positions))
         labels, probability = label_positions(pipeline.model, positions)
         class_id = np.where(probability >= self.least_probability, labels + 1, 0)
         write_ply(self.output_dir / "splat.ply", with_labels(table, class_id, probability))
@@ -201,12 +202,6 @@ def camera_diagonal(pipeline: OVS3DPipeline) -> float:
     """Diagonal of the box around the training cameras, in the model's units."""
     origins = pipeline.datamanager.train_dataset.cameras.camera_to_worlds[..., 3]
     return max(float((origins.amax(0) - origins.amin(0)).norm()), 1e-6)
-
-
-def frame_of(pipeline: OVS3DPipeline) -> Frame:
-    """The frame of an open run."""
-    parsed = pipeline.datamanager.train_dataparser_outputs
-    return Frame(parsed.dataparser_transform.double().numpy(), float(parsed.dataparser_scale))
 
 
 Command = Union[  # noqa: UP007 (tyro wants names for the parts)

@@ -1,11 +1,9 @@
-"""Labels of points in space, the frame of the data, and the connected objects of a labelled cloud."""
+"""Labels of points in space, and the connected objects of a labelled cloud."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.models.semantics import SemanticModel
 
 CHUNK = 1 << 16
@@ -66,33 +63,6 @@ def label_positions(
         labels.append(label.cpu())
         probabilities.append(probability.cpu())
     return torch.cat(labels).numpy(), torch.cat(probabilities).numpy()
-
-
-@dataclass
-class Frame:
-    """The similarity from the data's coordinates to those of a model: x ↦ scale · (transform · x)."""
-
-    transform: Float[np.ndarray, "3 4"]
-    scale: float
-
-    @staticmethod
-    def of_run(folder: Path) -> Frame:
-        """The frame of the run in `folder`. Raises CommandError when its dataparser_transforms.json is missing or broken."""
-        path = folder / "dataparser_transforms.json"
-        try:
-            saved = json.loads(path.read_text())
-            frame = Frame(np.array(saved["transform"], float).reshape(3, 4), float(saved["scale"]))
-            if not (np.isfinite(frame.transform).all() and 0 < abs(frame.scale) < np.inf):
-                raise ValueError("no similarity")
-            return frame
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-            raise CommandError(f"{path} is missing or broken; name a run of ns-train that has it.") from None
-
-    def to_model(self, positions: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 3"]:
-        return self.scale * (positions @ self.transform[:, :3].T + self.transform[:, 3])
-
-    def to_data(self, positions: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 3"]:
-        return (positions / self.scale - self.transform[:, 3]) @ np.linalg.inv(self.transform[:, :3]).T
 
 
 def connected(positions: Float[np.ndarray, "N 3"], gap: float) -> Int[np.ndarray, " N"]:
