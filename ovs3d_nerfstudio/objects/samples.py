@@ -51,7 +51,8 @@ class Samples:
     def labelled(self, question: Question) -> LabelledPoints:
         """The places with the winner of `question` at each, and its probability."""
         label, probability = question.winners(self.directions)
-        return LabelledPoints(self.positions, self.colors, label.numpy() + 1, probability.numpy(), self.distance)
+        columns = (self.positions, self.colors, label.numpy() + 1, probability.numpy(), self.distance, self.opacity)
+        return LabelledPoints(*columns)
 
 
 @torch.no_grad()
