@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.data.checked import CheckedData
 from ovs3d_nerfstudio.data.dataset import OVS3DDataset
+from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.data.seeds import seed_points
 from ovs3d_nerfstudio.data.teaching import Teaching, TeachingConfig
 from ovs3d_nerfstudio.engine.option_checks import SIZE, Range
@@ -60,6 +61,7 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
         if self.test_mode == "val":
             parsed = self.train_dataparser_outputs
             self.train_dataset = dataset
+            _place_points(self.config.dataparser, parsed.metadata)
             seeds = seed_points(parsed, dataset.image_filenames, parsed.cameras, self.cache_folder(), CONSOLE)
             CONSOLE.print(escape(seeds.origin))
             points, colors = torch.from_numpy(seeds.positions), torch.from_numpy(seeds.colors)
@@ -141,6 +143,12 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
     def photos_in_memory(self) -> Mapping[int, Tensor]:
         """All of them."""
         return {view: kept["image"] for view, kept in enumerate(self.cached_train)}
+
+
+def _place_points(parser: Any, metadata: dict[str, Any]) -> None:
+    """Has the sparse points lie among the cameras: nerfstudio scales them by a transforms.json's `applied_scale`, those not."""
+    if isinstance(parser, NerfstudioDataParserConfig) and metadata.get("points3D_xyz") is not None:
+        metadata["points3D_xyz"] = metadata["points3D_xyz"] / Frame.applied_to(parser.data).scale
 
 
 def _names_points(data: Path) -> bool:
