@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.cli.points import LabelledPoints, classify
 from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.fields.compositing import SOMETHING
 from ovs3d_nerfstudio.models.nerf import OVS3DModel
 from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
@@ -87,7 +88,7 @@ def _in_views(pipeline: OVS3DPipeline, num_points: int, rays_per_batch: int) -> 
 
 def _ends(positions: Float[Tensor, "n 3"], distance: Float[Tensor, "n 1"], outputs: dict) -> LabelledPoints:
     """The points of those pixels that end somewhere."""
-    ends = outputs["accumulation"][:, 0] > 0.5
+    ends = outputs["accumulation"][:, 0] >= SOMETHING
     columns = (positions, outputs["rgb"], outputs["label"] + 1, outputs["probability"], distance[:, 0])
     return LabelledPoints(*(column[ends].cpu().numpy() for column in columns))
 
@@ -97,9 +98,9 @@ def _labels_in_outputs(model: SemanticModel) -> Iterator[None]:
     """Adds `label` and `probability` of each pixel to the model's outputs, which are for the eye otherwise."""
     shown = model.shown
 
-    def with_labels(semantics, rgb):
+    def with_labels(semantics, rgb, accumulation):
         label, probability = classify(model, semantics.coefficients)
-        return shown(semantics, rgb) | {"label": label, "probability": probability}
+        return shown(semantics, rgb, accumulation) | {"label": label, "probability": probability}
 
     with mock.patch.object(model, "shown", with_labels):
         yield
