@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.fields.compositing import SOMETHING
 from ovs3d_nerfstudio.memory import told_what_to_lower
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.objects.points import Found, SceneObject, find_objects
@@ -37,8 +38,6 @@ from ovs3d_nerfstudio.viewer.live import NEGATIVES
 
 FrameName = Literal["data", "model"]
 
-SOLID = 0.5
-"""Least accumulation of a pixel that shows something."""
 QUESTIONS = 16
 """Lists of prompts that are kept embedded."""
 CLOUD_POINTS = 200_000
@@ -246,7 +245,7 @@ class Run:
         if not self.is_splat:  # along the ray, whose length along the axis of the camera is 1
             depth = depth / np.linalg.norm(_rays(np.asarray(intrinsics, float), size), axis=-1)
         accumulation = outputs["accumulation"][..., 0].cpu().numpy()
-        there = accumulation >= SOLID
+        there = accumulation >= SOMETHING
         unit = self._unit(frame)
         return View(
             list(question.segmenter.prompts),

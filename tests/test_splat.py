@@ -153,6 +153,7 @@ def test_a_view_of_nothing_is_background(opened):
     outputs = model.get_outputs_for_camera(camera)
     assert all(torch.isfinite(output).all() for output in outputs.values()) and not outputs["accumulation"].any()
     assert torch.equal(outputs["rgb"], outputs["background"])
+    assert (model.labels_in(outputs) == -1).all() and torch.equal(outputs["segmentation"], outputs["background"])
     away = torch.zeros(1, 3)
     found = model.features_along(away + 1000, torch.nn.functional.normalize(away + 1, dim=-1))
     assert torch.isfinite(found["depth"]).all() and found["directions"].shape == (1, model.semantic_field.dim)
