@@ -168,7 +168,7 @@ def test_points_have_the_labels_of_their_pixels(trained, ovs3d):
     with torch.no_grad():
         outputs = pipeline.model(rays)
     ends = outputs["accumulation"][:, 0] > 0.5
-    expected = pipeline.model.segmenter.labels_of(outputs["segmentation"])[ends] + 1
+    expected = pipeline.model.labels_in(outputs)[ends] + 1
     assert np.array_equal(cloud.class_id[: len(expected)], expected.numpy()[:200])
 
 

@@ -68,7 +68,8 @@ class ExportPointCloud(_Export):
     color: Literal["class", "photo"] = "class"
     """What a point is painted with."""
     frame: Literal["data", "model"] = "data"
-    """data: coordinates of the data, those of its poses; model: the scaled and turned ones that nerfstudio trains in."""
+    """data: coordinates of the data, those of the poses in its file (and of sparse_pc.ply); model: the scaled and turned ones
+    that nerfstudio trains in."""
     file_a_class: bool = False
     """Write the points of each class as a file of their own too."""
     object_gap: float = 0.01
@@ -167,10 +168,11 @@ class ExportSplat(_Export):
         check_fields("--", self, {"least_probability": SHARE})
         table = read_vertices(self.splat)
         positions = positions_of(table, self.splat)
-        theirs = Frame.of_run(self.splat_config.parent) if self.splat_config is not None else None
+        theirs = Frame.of_run_outputs(self.splat_config.parent) if self.splat_config is not None else None
         run = self.opened()
         if theirs is not None:
-            positions = run.frame.to_model(theirs.to_data(positions))
+            ours = Frame.of_outputs(run.pipeline.datamanager.train_dataparser_outputs)
+            positions = ours.to_model(theirs.to_data(positions))
         labels, probability = run.winners_at(positions, frame="model")
         class_id = np.where(probability >= self.least_probability, labels + 1, 0)
         write_ply(self.output_dir / "splat.ply", with_labels(table, class_id, probability))

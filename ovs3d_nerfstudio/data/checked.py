@@ -10,6 +10,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from ovs3d_nerfstudio.data.capture import capture_of
 from ovs3d_nerfstudio.data.dataset import LenientDataset, OVS3DDataset
+from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.data.scene_checks import check_cameras, check_pictures, readable_scene
 from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.features.extraction import check_size
@@ -24,6 +25,8 @@ class CheckedData(DataManager):
     train_dataset: OVS3DDataset
     eval_dataset: OVS3DDataset
     train_dataparser_outputs: Any
+    frame: Frame
+    """From the data's coordinates to those of the cameras."""
 
     def __init__(self, config: Any, *args: Any, test_mode: str = "val", **kwargs: Any):
         """Data that cannot be used ends the command with a sentence, here because ns-render builds no pipeline for it."""
@@ -54,6 +57,7 @@ class CheckedData(DataManager):
 
     def create_train_dataset(self) -> OVS3DDataset:
         """The training photos, whose cameras and headers have been looked at."""
+        self.frame = Frame.of_parser(self.config.dataparser, self.train_dataparser_outputs)
         check_cameras(self.train_dataparser_outputs.cameras, str(self.config.data))
         dataset = self._checked(super().create_train_dataset())
         if self.test_mode == "val":
