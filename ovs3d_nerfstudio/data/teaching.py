@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from nerfstudio.data.datamanagers.base_datamanager import DataManager
 from nerfstudio.data.utils.data_utils import get_image_mask_tensor_from_path
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -91,12 +91,15 @@ class Teaching(DataManager):
 
     def teach(self, views: CachedViews, basis: Basis) -> Teachers:
         """Hold the features of `views` as coefficients of `basis` for the steps to come."""
-        files = self.train_dataparser_outputs.mask_filenames
-        masks = (get_image_mask_tensor_from_path(file)[..., 0] for file in files) if files else None
-        self.teachers = Teachers(views, basis, self.device, masks)
+        self.teachers = Teachers(views, basis, self.device, self.masks())
         cameras = self.train_dataset.cameras
         self._sizes = torch.cat([cameras.height, cameras.width], -1).cpu()
         return self.teachers
+
+    def masks(self) -> Iterable[Bool[Tensor, "h w"]] | None:
+        """Where each training view teaches, true for pixels that count; None where all do."""
+        files = self.train_dataparser_outputs.mask_filenames
+        return (get_image_mask_tensor_from_path(file)[..., 0] for file in files) if files else None
 
     def teachers_of(self, indices: Int[Tensor, "R 3"]) -> tuple[Float[Tensor, "R S K"], Float[Tensor, "R S 2 C"]]:
         """What the pyramid says of pixels (view, row, column), one cell a scale, and the ranges of their views' similarities."""

@@ -1,23 +1,15 @@
-"""Labels of points in space, and the connected objects of a labelled cloud."""
+"""Points that carry labels, and the connected objects of each class among them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
-from torch import Tensor
 
-from ovs3d_nerfstudio.models.semantics import SemanticModel
-
-CHUNK = 1 << 16
-"""Points labelled at once."""
 EDGE = 0.002
 """Share of an object's points on either side of each axis that its box leaves out: crumbs that hang on to it."""
 SPARSE = 0.05
@@ -36,33 +28,44 @@ class LabelledPoints:
     probability: Float[np.ndarray, " N"]
     """Of the class, in [0, 1]."""
     distance: Float[np.ndarray, " N"]
-    """From the camera that saw it, in the model's units."""
+    """From the camera that saw it, in the model's units; 0 for what no single camera saw."""
 
     def __getitem__(self, chosen: np.ndarray) -> LabelledPoints:
         """The chosen points."""
         return LabelledPoints(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
 
-def classify(
-    model: SemanticModel, coefficients: Float[Tensor, "*n K"]
-) -> tuple[Int[Tensor, "*n"], Float[Tensor, "*n"]]:
-    """The winning class and its probability, at the temperature that FDA had in training."""
-    p = (model.class_scores(coefficients) / model.fda_temperature()).softmax(-1)
-    probability, label = p.max(-1)
-    return label, probability
+@dataclass(frozen=True)
+class SceneObject:
+    """A connected object of one class."""
+
+    prompt: str
+    class_id: int
+    """The prompt's place in the list, from 1."""
+    count: int
+    """Points or Gaussians of it."""
+    centroid: Float[np.ndarray, " 3"]
+    box_min: Float[np.ndarray, " 3"]
+    box_max: Float[np.ndarray, " 3"]
+    """Corners of the box along the axes of the frame, in its units."""
+    probability: float
+    """Mean over its points of the probability of its class."""
+    members: Int[np.ndarray, " n"] = field(repr=False)
+    """Which of the points, or of the run's Gaussians, are part of it."""
 
 
-@torch.no_grad()
-def label_positions(
-    model: SemanticModel, positions: Float[np.ndarray, "N 3"]
-) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Class and probability of points in the model's frame, from the semantic field at these very points."""
-    labels, probabilities = [], []
-    for part in torch.from_numpy(positions.astype(np.float32)).split(CHUNK):
-        label, probability = classify(model, model.semantic_field(part.to(model.device))[0])
-        labels.append(label.cpu())
-        probabilities.append(probability.cpu())
-    return torch.cat(labels).numpy(), torch.cat(probabilities).numpy()
+@dataclass(frozen=True)
+class Found:
+    """The objects of a scene, and what is none."""
+
+    objects: list[SceneObject]
+    """Class by class, the largest of each first."""
+    crumbs: int
+    """Pieces that are too small to be objects."""
+    left_out: int
+    """Points in crumbs, or where their class is sparse."""
+    alike: list[tuple[str, str, float]] = field(default_factory=list)
+    """Pairs of prompts that are nearly the same to the encoder, and the correlation of their similarities."""
 
 
 def connected(positions: Float[np.ndarray, "N 3"], gap: float) -> Int[np.ndarray, " N"]:
@@ -95,32 +98,38 @@ def _cubes(positions: np.ndarray, gap: float) -> tuple[np.ndarray, np.ndarray, n
     return cubes, cube_of.ravel(), counts
 
 
-def objects(cloud: LabelledPoints, gap: float, least: float, name_of: Callable[[int], str]) -> list[dict[str, Any]]:
-    """The connected objects of each class, largest first, as JSON can hold them.
+def find_objects(cloud: LabelledPoints, gap: float, least: float, prompts: list[str]) -> Found:
+    """The connected objects of each class.
 
     Args:
         gap: see `connected`, in units of the cloud.
         least: smallest share of a class's points that makes an object.
-        name_of: the prompt of a class id.
+        prompts: of the classes.
     """
-    found = []
+    objects, crumbs, left_out = [], 0, 0
     for class_id in np.unique(cloud.class_id[cloud.class_id > 0]).tolist():
-        chosen = cloud[cloud.class_id == class_id]
-        chosen = chosen[crowded(chosen.positions, gap)]
-        component = connected(chosen.positions, gap)
-        for part in range(component.max() + 1):
-            points = chosen[component == part]
-            if len(points.positions) < max(least * len(chosen.positions), 2):
-                break
-            low, high = np.quantile(points.positions, [EDGE, 1 - EDGE], axis=0)
-            found.append(
-                {
-                    "prompt": name_of(class_id),
-                    "class_id": class_id,
-                    "points": len(points.positions),
-                    "centroid": points.positions.mean(0).tolist(),
-                    "box": {"min": low.tolist(), "max": high.tolist()},
-                    "probability": float(points.probability.mean()),
-                }
+        chosen = np.flatnonzero(cloud.class_id == class_id)
+        dense = chosen[crowded(cloud.positions[chosen], gap)]
+        left_out += len(chosen) - len(dense)
+        component = connected(cloud.positions[dense], gap)
+        sizes = np.bincount(component)
+        count = int((sizes >= max(least * len(dense), 2)).sum())
+        crumbs += len(sizes) - count
+        left_out += int(sizes[count:].sum())
+        for part in range(count):
+            members = dense[component == part]
+            positions = cloud.positions[members]
+            low, high = np.quantile(positions, [EDGE, 1 - EDGE], axis=0)
+            objects.append(
+                SceneObject(
+                    prompts[class_id - 1],
+                    class_id,
+                    len(members),
+                    positions.mean(0),
+                    low,
+                    high,
+                    float(cloud.probability[members].mean()),
+                    members,
+                )
             )
-    return found
+    return Found(objects, crumbs, left_out)
