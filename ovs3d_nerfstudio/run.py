@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.fields.compositing import SOMETHING
 from ovs3d_nerfstudio.memory import told_what_to_lower
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.objects.points import Found, SceneObject, find_objects
@@ -37,8 +38,6 @@ from ovs3d_nerfstudio.viewer.live import NEGATIVES
 
 FrameName = Literal["data", "model"]
 
-SOLID = 0.5
-"""Least accumulation of a pixel that shows something."""
 QUESTIONS = 16
 """Lists of prompts that are kept embedded."""
 CLOUD_POINTS = 200_000
@@ -246,14 +245,14 @@ class Run:
         if not self.is_splat:  # along the ray, whose length along the axis of the camera is 1
             depth = depth / np.linalg.norm(_rays(np.asarray(intrinsics, float), size), axis=-1)
         accumulation = outputs["accumulation"][..., 0].cpu().numpy()
-        there = accumulation >= SOLID
+        there = accumulation >= SOMETHING
         unit = self._unit(frame)
         return View(
             list(question.segmenter.prompts),
             outputs["rgb"].cpu().numpy(),
             np.where(there, depth / unit, np.nan).astype(np.float32),
             accumulation,
-            np.where(there, labels.reshape(there.shape), -1),
+            labels.reshape(there.shape),
             probabilities.reshape(*there.shape, -1),
         )
 
@@ -373,13 +372,9 @@ class Run:
         if width < 1 or height < 1 or (width, height) != tuple(size):
             raise RunError(f"The size {size} is none; give width and height in whole pixels.")
         self._unit(frame)
-        if frame == "data":
-            axes, origin = self.frame.transform[:, :3] @ axes, self.frame.to_model(pose[None, :3, 3])[0]
-        else:
-            origin = pose[:3, 3]
-        model = torch.from_numpy(np.c_[axes, origin]).float()[None]
+        there = self.frame.poses_to_model(pose[None, :3]) if frame == "data" else pose[None, :3]
         fx, fy, cx, cy = (float(focal[at]) for at in ((0, 0), (1, 1), (0, 2), (1, 2)))
-        return Cameras(model, fx, fy, cx, cy, width, height).to(self.pipeline.device)
+        return Cameras(torch.from_numpy(there).float(), fx, fy, cx, cy, width, height).to(self.pipeline.device)
 
 
 @torch.no_grad()

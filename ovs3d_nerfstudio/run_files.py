@@ -55,7 +55,8 @@ def open_run(
     if not isinstance(config.pipeline, OVS3DPipelineConfig):
         raise CommandError(f"{load_config} is a run of {config.method_name}; name one of {known}.")
     datamanager: Any = config.pipeline.datamanager
-    datamanager._target = type(all_methods[written.method_name].pipeline.datamanager)._target  # type: ignore
+    method: Any = all_methods[written.method_name]
+    datamanager._target = method.pipeline.datamanager._target  # which a file may not choose
     datamanager.data = data or datamanager.data
     place = Path(datamanager.data or datamanager.dataparser.data)
     if not place.exists():

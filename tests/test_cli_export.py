@@ -36,7 +36,8 @@ def demo_cloud() -> tuple[LabelledPoints, list[str]]:
         classes.append(np.array([names.index(solid.name) + 1 for solid in solids])[index.ravel()[seen]])
     positions, classes = np.concatenate(positions).astype(float), np.concatenate(classes)
     distance = np.concatenate(distances)
-    return LabelledPoints(positions, np.zeros_like(positions), classes, np.ones(len(classes)), distance), names
+    one = np.ones(len(classes))
+    return LabelledPoints(positions, np.zeros_like(positions), classes, one, distance, one), names
 
 
 def test_objects_of_the_demo_scene_are_where_its_blocks_stand():
@@ -66,7 +67,7 @@ def test_a_sparse_bridge_joins_nothing_and_stretches_no_box():
     bridge = np.stack([np.linspace(0.5, 3.5, 25), np.full(25, 0.5), np.full(25, 0.5)], -1)
     stray = rng.uniform(-2, 5, (20, 3))
     positions = np.concatenate([one, other, bridge, stray])
-    cloud = LabelledPoints(positions, positions * 0, *np.ones((3, len(positions)), int))
+    cloud = LabelledPoints(positions, positions * 0, *np.ones((4, len(positions)), int))
     first, second = find_objects(cloud, 0.25, 0.02, ["a"]).objects
     for found, (low, high) in ((first, ([0, 0, 0], [1, 1, 1])), (second, ([3, 0, 0], [4, 1, 1]))):
         assert np.abs(found.box_min - low).max() < 0.05
@@ -75,10 +76,25 @@ def test_a_sparse_bridge_joins_nothing_and_stretches_no_box():
 
 def test_small_parts_are_no_objects():
     positions = np.concatenate([np.random.default_rng(0).uniform(0, 1, (1000, 3)), [[9.0, 9, 9], [9, 9, 9.1]]])
-    cloud = LabelledPoints(positions, positions * 0, np.ones(1002, int), np.ones(1002), np.ones(1002))
+    cloud = LabelledPoints(positions, positions * 0, *np.ones((4, 1002), int))
     few, all_ = find_objects(cloud, 0.3, 0.02, ["a"]), find_objects(cloud, 0.3, 0.001, ["a"])
     assert (len(few.objects), few.crumbs, few.left_out) == (1, 1, 2)
     assert (len(all_.objects), all_.crumbs, all_.left_out) == (2, 0, 0)
+
+
+def test_faint_gaussians_stretch_no_box_and_go_with_their_object():
+    rng = np.random.default_rng(0)
+    thing, haze = rng.uniform(0, 1, (2000, 3)), rng.uniform(-0.2, 1.2, (300, 3))
+    positions, opacity = np.concatenate([thing, haze]), np.repeat([0.8, 0.05], [2000, 300])
+    ones = np.ones(2300, int)
+    (one,) = find_objects(
+        LabelledPoints(positions, positions * 0, ones, ones, ones, opacity), 0.25, 0.02, ["a"]
+    ).objects
+    assert np.abs(one.box_min).max() < 0.02 and np.abs(one.box_max - 1).max() < 0.02 and one.count == 2300
+    (other,) = find_objects(
+        LabelledPoints(positions, positions * 0, ones, ones, ones, opacity), 0.1, 0.02, ["a"]
+    ).objects
+    assert 2000 < other.count < 2300
 
 
 def test_a_frame_goes_there_and_back(tmp_path):
@@ -152,7 +168,7 @@ def test_points_have_the_labels_of_their_pixels(trained, ovs3d):
     with torch.no_grad():
         outputs = pipeline.model(rays)
     ends = outputs["accumulation"][:, 0] > 0.5
-    expected = pipeline.model.segmenter.labels_of(outputs["segmentation"])[ends] + 1
+    expected = pipeline.model.labels_in(outputs)[ends] + 1
     assert np.array_equal(cloud.class_id[: len(expected)], expected.numpy()[:200])
 
 

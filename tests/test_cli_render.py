@@ -6,10 +6,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from conftest import command
 from PIL import Image
 
 from ovs3d_nerfstudio.cli.labels import LabelFolder, read_labels
+from ovs3d_nerfstudio.cli.render import RenderCameraPath, crop_of
 from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.prompts.palette import colorize, palette
@@ -34,6 +36,38 @@ def test_two_prompts_with_one_mask_are_refused_unless_masks_are_left_out(tmp_pat
     with pytest.raises(CommandError, match=r"both have the mask A_b\.png"):
         LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=True)
     LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=False)
+
+
+CROP = {"crop_center": [0, 1, 2], "crop_scale": [1, 2, 1], "crop_bg_color": {"r": 38, "g": 42, "b": 55}}
+
+
+def test_a_crop_box_may_be_written_in_whole_numbers():
+    whole = crop_of({"crop": {**CROP, "crop_rot": [0, 0, 0]}})
+    assert whole.obb.R.is_floating_point() and torch.equal(whole.obb.R, torch.eye(3).to(whole.obb.R))
+    assert whole.obb.within(torch.tensor([[0.4, 1.9, 2.4], [0.6, 1, 2]])).tolist() == [True, False]
+    assert torch.equal(crop_of({"crop": CROP}).obb.R, whole.obb.R)
+    assert crop_of({}) is None and crop_of({"crop": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("crop_rot", [0, 0]),
+        ("crop_scale", [1, 0, 1]),
+        ("crop_center", [0, "x", 0]),
+        ("crop_center", None),
+        ("crop_center", [0, 0, float("nan")]),
+        ("crop_bg_color", [38, 42, 55]),
+        ("crop_bg_color", {"r": 38}),
+    ],
+)
+def test_what_is_no_crop_box_is_said_before_rendering(tmp_path, key, value):
+    path = {"render_height": 36, "render_width": 48, "seconds": 1, "fps": 2, "camera_type": "perspective"}
+    path["camera_path"] = [{"camera_to_world": np.eye(4).flatten().tolist(), "fov": 60, "aspect": 4 / 3}]
+    (tmp_path / "path.json").write_text(json.dumps({**path, "crop": {**CROP, key: value}}))
+    asked = RenderCameraPath(Path("none.yml"), camera_path_filename=tmp_path / "path.json")
+    with pytest.raises(CommandError, match=r"path\.json has a crop box that cannot be used \(.*\); export"):
+        asked.main()
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from asking import answers_are_those_of_its_pictures, the_catalogue_is_whole
 from conftest import command
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.scripts.exporter import ExportGaussianSplat
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 from plyfile import PlyData, PlyElement
@@ -21,6 +23,8 @@ from ovs3d_nerfstudio.engine.checkpoints import read_checkpoint
 from ovs3d_nerfstudio.evaluation.splits import evaluate_split
 from ovs3d_nerfstudio.gaussians.rasterization import rasterization
 from ovs3d_nerfstudio.models.splat import view_matrix
+from ovs3d_nerfstudio.objects.splat_table import splat_table
+from ovs3d_nerfstudio.run import load_run
 from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
 pytestmark = pytest.mark.slow
@@ -110,6 +114,25 @@ def test_our_commands_take_it_too(run, tmp_path, ovs3d):
     assert len(prompts) > 3
 
 
+def test_it_answers_from_python_as_its_pictures_show(run, pointed):
+    answers_are_those_of_its_pictures(load_run(run), pointed)
+
+
+def test_its_catalogue_is_whole_and_its_gaussians_are_those_of_ns_export(run, tmp_path, ovs3d):
+    status, printed = ovs3d("objects", "--load-config", run, "--output-dir", tmp_path)
+    assert status == 0 and "Gaussians" in printed
+    the_catalogue_is_whole(tmp_path, "Gaussians", "model")
+    ExportGaussianSplat(run, tmp_path).main()
+    theirs = PlyData.read(tmp_path / "splat.ply")["vertex"].data
+    model = load_run(run).pipeline.model
+    ours = splat_table(model)
+    ours = ours[ours["opacity"] >= np.float32(-5.5373)]  # nerfstudio drops what is hardly there
+    assert set(ours.dtype.names) == set(theirs.dtype.names) and len(ours) == len(theirs)
+    for name in theirs.dtype.names:
+        if not name.startswith("rot"):
+            assert np.allclose(ours[name], theirs[name], atol=1e-5), name
+
+
 def test_a_cloud_lies_on_what_is_there(run, pointed, tmp_path, ovs3d):
     words = ["--load-config", run, "--output-dir", tmp_path, "--num-points", 2000, "--std-ratio", 0]
     assert ovs3d("export", "pointcloud", *words)[0] == 0
@@ -153,6 +176,7 @@ def test_a_view_of_nothing_is_background(opened):
     outputs = model.get_outputs_for_camera(camera)
     assert all(torch.isfinite(output).all() for output in outputs.values()) and not outputs["accumulation"].any()
     assert torch.equal(outputs["rgb"], outputs["background"])
+    assert (model.labels_in(outputs) == -1).all() and torch.equal(outputs["segmentation"], outputs["background"])
     away = torch.zeros(1, 3)
     found = model.features_along(away + 1000, torch.nn.functional.normalize(away + 1, dim=-1))
     assert torch.isfinite(found["depth"]).all() and found["directions"].shape == (1, model.semantic_field.dim)

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.model_components import renderers
 from nerfstudio.viewer.viewer import Viewer
 from test_training import data, pipeline, train  # noqa: F401 (fixtures)
 
 from ovs3d_nerfstudio.encoders.base import EncoderError
-from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question
+from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question, packed
 from ovs3d_nerfstudio.prompts.prompts import PromptError
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter
 from ovs3d_nerfstudio.viewer.live import FeatureCache, LiveModel, LivePrompts
@@ -69,6 +71,41 @@ def test_what_belongs_to_no_prompt_keeps_its_colour_in_the_overlay():
     none = answers.labels < 0
     assert torch.equal(answers["segmentation_overlay"][none], answers.rgb[none])
     assert (answers["segmentation"][none] == 0).all() and answers["segmentation"].shape == (6, 4, 3)
+
+
+@pytest.mark.parametrize("mode", ["argmax", "threshold"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_where_there_is_nothing_there_is_no_class(mode, pack):
+    question = plain_question(mode=mode, threshold=0.0, opacity=1.0)
+    directions = torch.nn.functional.normalize(torch.randn(6, 4, 5), dim=-1)
+    directions[2:5, 1] = 0
+    nothing = (directions == 0).all(-1)
+    answers = Answers(question, packed(directions) if pack else directions, torch.rand(6, 4, 3), torch.rand(6, 4, 3))
+    assert torch.equal(answers.labels < 0, nothing)
+    for name in ("segmentation", "segmentation_overlay", "features_pca"):
+        assert torch.equal((answers[name] == answers.rgb).all(-1), nothing), name
+    assert all((answers[name][nothing] == 0).all() for name in question.names)
+    assert all(answers[name].isfinite().all() for name in answers)
+
+
+def test_outside_a_crop_box_everything_is_background(seen, live):
+    trained, camera = seen
+    model, live_model = trained.model, live[1]
+    middle = camera.camera_to_worlds[0, :, 3] - 0.6 * camera.camera_to_worlds[0, :, 2]
+    box = OrientedBox(R=torch.eye(3), T=middle, S=torch.full((3,), 0.2))
+    with renderers.background_color_override_context(torch.tensor([0.1, 0.2, 0.3])):
+        outputs = dict(model.get_outputs_for_camera(camera, box))
+        looked = live_model.get_outputs_for_camera(camera, box)
+    assert all(output.isfinite().all() for output in outputs.values())
+    nothing = outputs["accumulation"][..., 0] < 0.5
+    assert nothing.float().mean() > 0.5
+    assert torch.equal(model.labels_in(outputs) < 0, nothing)
+    for name in ("segmentation", "segmentation_overlay", "features_pca"):
+        assert torch.equal(outputs[name][nothing], outputs["rgb"][nothing])
+        assert torch.equal(looked[name][nothing], outputs["rgb"][nothing])
+    for name in ("scale", "relevancy_a_cat"):
+        assert not outputs[name][nothing].any() and not looked[name][nothing].any()
+    assert sum(looked.shares()) == pytest.approx(1 - float(nothing.float().mean()), abs=1e-4)
 
 
 def test_probabilities_of_the_argmax_are_those_of_a_softmax_and_may_be_shown():

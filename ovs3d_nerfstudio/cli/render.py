@@ -23,7 +23,7 @@ from rich.markup import escape
 from ovs3d_nerfstudio.cli.common import ask
 from ovs3d_nerfstudio.cli.labels import LabelFolder
 from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, Range, check_fields
-from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.errors import CommandError, reason
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 from ovs3d_nerfstudio.run import Run
 from ovs3d_nerfstudio.run_files import open_run
@@ -100,8 +100,7 @@ class _Asking:
             if folder not in written:
                 written[folder] = LabelFolder(folder, prompts, colors, self.masks)
                 CONSOLE.print(f"Labels: {escape(str(folder))}")
-            labels = model.segmenter.labels_of(outputs["segmentation"])
-            written[folder].write(view, np.where(outputs["accumulation"][..., 0].cpu() < 0.5, -1, labels.cpu()))
+            written[folder].write(view, model.labels_in(outputs).cpu().numpy())
             return outputs
 
         model.get_outputs_for_camera = recorded  # type: ignore[method-assign]
@@ -131,18 +130,40 @@ class RenderCameraPath(_Asking, render.RenderCameraPath):
     """Render a camera path of the viewer or of the Blender add-on."""
 
     def main(self) -> None:
-        """Raises CommandError for a file that is no camera path."""
+        """Raises CommandError for a file that is no camera path, or has a crop box that is none."""
+        name, again = self.camera_path_filename, "export one from the viewer's render tab."
         try:
-            path = json.loads(self.camera_path_filename.read_text(encoding="utf-8"))
+            path = json.loads(name.read_text(encoding="utf-8"))
             cameras = get_path_from_json(path)
             fine = path["seconds"] > 0 and (cameras.width > 0).all() and cameras.camera_to_worlds.isfinite().all()
         except (LookupError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError):
             fine = False
         if not fine:
-            raise CommandError(
-                f"{self.camera_path_filename} is no camera path; export one from the viewer's render tab."
-            )
-        super().main()
+            raise CommandError(f"{name} is no camera path; {again}")
+        try:
+            crop = crop_of(path)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CommandError(f"{name} has a crop box that cannot be used ({reason(error)}); {again}") from None
+        with mock.patch.object(render, "get_crop_from_json", lambda _: crop):
+            super().main()
+
+
+def crop_of(path: dict[str, Any]) -> render.CropData | None:
+    """The crop box of a camera path, None where it has none. nerfstudio takes numbers as they stand, and whole ones, as a
+    hand or another program writes them, fail in the middle of a render.
+
+    Raises LookupError, TypeError, ValueError or AttributeError for what is no box.
+    """
+    crop = path.get("crop")
+    if crop is None:
+        return None
+    given = {"crop_rot": (0, 0, 0), **crop}
+    numbers = {key: [float(number) for number in given[key]] for key in ("crop_rot", "crop_center", "crop_scale")}
+    color = {channel: float(given["crop_bg_color"][channel]) for channel in "rgb"}
+    for key, values in {**numbers, "crop_bg_color": [*color.values()]}.items():
+        if len(values) != 3 or not np.isfinite(values).all() or (key == "crop_scale" and min(values) <= 0):
+            raise ValueError(f"its {key} is {given[key]}")
+    return render.get_crop_from_json({"crop": {**numbers, "crop_bg_color": color}})
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """How well predicted labels agree with annotated ones: per view, and as means over views.
 
 Labels are class indices, -1 is "none": in the truth an unlabelled pixel, which is left out of every figure
-but the two `authors_` ones; in a prediction a prompt that is no annotated class, which is always wrong.
+but the two `authors_` ones; in a prediction a prompt that is no annotated class, or a place where the run has nothing, which is always wrong.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class SegmentedView:
     name: str
     photo: UInt8[np.ndarray, "H W 3"]
     prediction: Int[np.ndarray, "H W"]
-    """Classes in the order of the run's prompts."""
+    """Classes in the order of the run's prompts, −1 where the run has nothing."""
     truth: Int[np.ndarray, "H W"]
     """The same classes, −1 where none is known."""
 
@@ -42,7 +42,7 @@ class RenderedView:
     """Stem of the photo."""
     photo: UInt8[np.ndarray, "H W 3"]
     labels: Int[Tensor, "H W"]
-    """Indices of the run's prompts."""
+    """Indices of the run's prompts, −1 where the run has nothing."""
     truth: Int[np.ndarray, "H W"]
     """Indices of the scene's classes, −1 where none is known."""
     psnr: float
@@ -72,7 +72,7 @@ def rendered_views(
         pipeline.eval()
         for i in track(annotated, f"Segmenting {split} views"):
             outputs = model.get_outputs_for_camera(dataset.cameras[i : i + 1].to(pipeline.device))
-            labels = model.segmenter.labels_of(outputs["segmentation"]).cpu()
+            labels = model.labels_in(outputs).cpu()
             photo = model.photo_of(dataset.get_image_float32(i))
             psnr = -10 * float((outputs["rgb"].cpu() - photo).square().mean().log10())
             truth = evaluator.truth(i, *labels.shape)

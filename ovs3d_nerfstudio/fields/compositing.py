@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+SOMETHING = 0.5
+"""Accumulation of a ray from which on there is something: below it, most of what is seen is the background."""
 LEAST_LENGTH = 1e-6
 """Shorter features have no direction: the gradient of a normalisation grows as one over the length, and ends here."""
 

@@ -25,6 +25,9 @@ from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
 from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts.answers import packed
 
+MISSED = 1e9
+"""Where nothing of a scene is, and rays begin that miss a crop box."""
+
 
 @dataclass
 class OVS3DModelConfig(SemanticModelConfig, NerfactoModelConfig):
@@ -141,6 +144,8 @@ class OVS3DModel(SemanticModel, NerfactoModel):
 
         Raises MemoryShortage where the picture itself does not fit.
         """
+        if camera_ray_bundle.nears is not None:
+            cut_to_box(camera_ray_bundle, self.config.near_plane or 0.0)
         chunk = min(self.config.eval_num_rays_per_chunk, rays_that_fit(self.config, free_memory(self.device)))
 
         def render(start: int, stop: int) -> dict:
@@ -160,7 +165,8 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             return outputs
         positions, weights = self._heaviest(samples["ray_samples"], samples["weights"])
         if not self.training:
-            return outputs | self.shown(self.composited(positions, weights), outputs["rgb"])
+            semantics = self.composited(positions, weights)
+            return outputs | self.shown(semantics, outputs["rgb"], outputs["accumulation"])
         if call.window_rays is None:
             return outputs | {"semantics": self.composited(positions, weights)}
         # One call of the semantic field for both: the gradient of its table is made once. The windows come second, as the
@@ -186,6 +192,16 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             samples, _, _ = self.proposal_sampler(rays, density_fns=self.density_fns)
             density, _ = self.field.get_density(samples)
             return self._heaviest(samples, samples.get_weights(density))
+
+
+def cut_to_box(rays: RayBundle, near_plane: float) -> None:
+    """Mends rays that nerfstudio cut to a crop box. Those that miss it begin and end at 1e10, where positions are no numbers
+    any more: they get no length, at the farthest end of the others. None begins before the near plane."""
+    assert rays.nears is not None and rays.fars is not None
+    missed = rays.nears >= MISSED
+    farthest = torch.where(missed, near_plane, rays.fars).amax()
+    rays.nears = torch.where(missed, farthest, rays.nears.clamp(min=near_plane))
+    rays.fars = torch.where(missed, farthest, torch.maximum(rays.fars, rays.nears))
 
 
 def rays_that_fit(config: OVS3DModelConfig, free: int) -> int:

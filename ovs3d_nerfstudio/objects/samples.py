@@ -15,6 +15,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.fields.compositing import SOMETHING
+from ovs3d_nerfstudio.gaussians.lenses import tangents_of
 from ovs3d_nerfstudio.models.nerf import OVS3DModel
 from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
@@ -51,7 +53,8 @@ class Samples:
     def labelled(self, question: Question) -> LabelledPoints:
         """The places with the winner of `question` at each, and its probability."""
         label, probability = question.winners(self.directions)
-        return LabelledPoints(self.positions, self.colors, label.numpy() + 1, probability.numpy(), self.distance)
+        columns = (self.positions, self.colors, label.numpy() + 1, probability.numpy(), self.distance, self.opacity)
+        return LabelledPoints(*columns)
 
 
 @torch.no_grad()
@@ -120,16 +123,15 @@ def _in_views(pipeline: OVS3DPipeline, num_points: int, rays_per_batch: int) -> 
     """As many random pixels of each training view as it takes, again and again: a splat has whole pictures only."""
     cameras = pipeline.datamanager.train_dataset.cameras
     share = math.ceil(1.1 * num_points / len(cameras))
+    across_axes = torch.tensor([1.0, -1.0], device=pipeline.device)
     while True:
         for view in range(len(cameras)):
             camera = cameras[view : view + 1].to(pipeline.device)
             outputs = pipeline.model.get_outputs_for_camera(camera)
-            height, width = outputs["depth"].shape[:2]
-            chosen = torch.randint(height * width, (share,), device=pipeline.device)
+            chosen = torch.randint(outputs["depth"].shape[:2].numel(), (share,), device=pipeline.device)
             pixels = {name: output.flatten(0, 1)[chosen] for name, output in outputs.items()}
-            row, col = chosen // width + 0.5, chosen % width + 0.5
-            # Along the axes of nerfstudio's cameras; depth is along the last one.
-            across = torch.stack([(col - camera.cx[0]) / camera.fx[0], (camera.cy[0] - row) / camera.fy[0]], -1)
+            # Along the axes of nerfstudio's cameras, with y up and looking along −z; depth is along the last one.
+            across = tangents_of(camera).flatten(0, 1)[chosen] * across_axes
             along = torch.cat([across, -torch.ones_like(across[:, :1])], -1) @ camera.camera_to_worlds[0, :, :3].T
             steps = along * pixels["depth"]
             yield _ends(camera.camera_to_worlds[0, :, 3] + steps, steps.norm(dim=-1, keepdim=True), pixels)
@@ -137,7 +139,7 @@ def _in_views(pipeline: OVS3DPipeline, num_points: int, rays_per_batch: int) -> 
 
 def _ends(positions: Float[Tensor, "n 3"], distance: Float[Tensor, "n 1"], outputs: dict) -> Samples:
     """The places where those pixels end that end somewhere."""
-    ends = outputs["accumulation"][:, 0] > 0.5
+    ends = outputs["accumulation"][:, 0] >= SOMETHING
     where, colors, away = (part[ends].cpu().numpy() for part in (positions, outputs["rgb"], distance[:, 0]))
     return Samples(where, colors, outputs["directions"][ends].cpu(), away, np.ones(len(where)))
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Int16
+from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
 from ovs3d_nerfstudio.prompts.palette import colorize
@@ -27,6 +27,11 @@ def packed(directions: Float[Tensor, "*R K"]) -> Int16[Tensor, "*R K"]:
 def unpacked(directions: Tensor) -> Float[Tensor, "*R K"]:
     """What `packed` was given, nearly; unit vectors that are not packed stay as they are."""
     return directions * (1 / STEPS) if directions.dtype == torch.int16 else directions
+
+
+def something(directions: Float[Tensor, "*R K"] | Int16[Tensor, "*R K"]) -> Bool[Tensor, "*R"]:
+    """Where a ray meets something: what meets nothing has no direction, but zeros (see `SemanticModel.shown`)."""
+    return (directions != 0).any(-1)
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,11 @@ class Question:
         return ((directions @ self.text - best) / self.temperature).sigmoid()
 
     def labels(self, directions: Float[Tensor, "n K"]) -> Int[Tensor, " n"]:
-        """The prompt each ray belongs to, −1 for none."""
+        """The prompt each ray belongs to, −1 for none: also where there is `something` no more."""
         if self.answering.mode == "argmax":
-            return self.scores(directions).argmax(-1)
+            return torch.where(something(directions), self.scores(directions).argmax(-1), -1)
         chances, labels = self.probabilities(directions).max(-1)
-        return torch.where(chances >= self.answering.threshold, labels, -1)
+        return torch.where(something(directions) & (chances >= self.answering.threshold), labels, -1)
 
     def winners(
         self, directions: Float[Tensor, "n K"] | Int16[Tensor, "n K"]
@@ -109,16 +114,18 @@ class Question:
         return torch.stack([self.labels(there).float(), self.probabilities(there).amax(-1)], -1).cpu()
 
     def relevancy(self, directions: Float[Tensor, "n K"], index: int) -> Float[Tensor, "n 1"]:
-        """The relevancy map of one prompt, in [0, 1]."""
+        """The relevancy map of one prompt, in [0, 1]; 0 where there is nothing."""
         one = slice(index, index + 1)
         if not self.answering.normalise:
-            return self.probabilities(directions)[:, one]
-        return stretched(directions @ self.text[:, one], *self.segmenter.range[:, one]).clamp(0, 1)
+            relevancy = self.probabilities(directions)[:, one]
+        else:
+            relevancy = stretched(directions @ self.text[:, one], *self.segmenter.range[:, one]).clamp(0, 1)
+        return relevancy * something(directions)[:, None]
 
 
 class Answers(Mapping[str, Tensor]):
     """`segmentation`, `segmentation_overlay`, a relevancy map for each prompt, `scale` and `features_pca` of some rays:
-    three channels in [0, 1], or one.
+    three channels in [0, 1], or one. Where there is nothing they show the background, or 0.
 
     Names hold no "rgb" and no picture has 2 or more than 3 channels: nerfstudio's viewer and renders would trip.
     """
@@ -130,9 +137,14 @@ class Answers(Mapping[str, Tensor]):
         scales: Float[Tensor, "*R S"],
         rgb: Float[Tensor, "*R 3"],
     ):
-        """`directions` are the rays' coefficients, normalised; `packed` where many are kept."""
+        """`directions` are the rays' coefficients, normalised, zeros where there is nothing; `packed` where many are kept."""
         self.question, self.scales, self.rgb = question, scales, rgb
         self._directions = directions
+
+    @cached_property
+    def there(self) -> Bool[Tensor, "*R 1"]:
+        """Where there is something."""
+        return self._each(something).view(*self.rgb.shape[:-1], 1)
 
     @cached_property
     def labels(self) -> Int[Tensor, "*R"]:
@@ -150,7 +162,8 @@ class Answers(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         question = self.question
         if name == "features_pca":
-            return self._each(question.segmenter.pca_colors).view(*self.rgb.shape[:-1], 3)
+            colors = self._each(question.segmenter.pca_colors).view(*self.rgb.shape[:-1], 3)
+            return torch.where(self.there, colors, self.rgb)
         if name == "scale":
             steps = torch.arange(self.scales.shape[-1], device=self.scales.device) / max(1, self.scales.shape[-1] - 1)
             return (self.scales * steps).sum(-1, keepdim=True)
@@ -162,7 +175,7 @@ class Answers(Mapping[str, Tensor]):
             raise KeyError(name)
         colors = colorize(self.labels, question.segmenter.colors)
         if name == "segmentation":
-            return colors
+            return torch.where(self.there, colors, self.rgb)
         opacity = question.answering.opacity * (self.labels >= 0)[..., None]
         return torch.lerp(self.rgb, colors, opacity)
 
