@@ -113,6 +113,11 @@ class Frame:
         transform = np.vstack([applied.transform, [0, 0, 0, 1]])
         return Frame(self.transform @ np.linalg.inv(transform), self.scale / applied.scale)
 
+    def in_place_of(self, other: Frame, way: Frame) -> Frame:
+        """A `way` to the model of `other` that leads to the model of this frame instead, from wherever it begins."""
+        theirs, theirs_whole = (np.vstack([frame.transform, [0, 0, 0, 1]]) for frame in (other, way))
+        return Frame(self.transform @ np.linalg.inv(theirs) @ theirs_whole, way.scale * self.scale / other.scale)
+
     @property
     def rotation(self) -> Float[np.ndarray, "3 3"]:
         """What turns directions: orthonormal, whatever was rounded or scaled in `transform`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -70,6 +70,12 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
             points, colors = torch.eye(4, 3), torch.zeros(4, 3, dtype=torch.uint8)
         metadata["points3D_xyz"], metadata["points3D_rgb"] = points, colors
         return dataset
+
+    def cameras_in_use(self) -> Iterator[Cameras]:
+        """Those of the datasets, and nerfstudio's copy of them beside the photos in memory."""
+        yield from super().cameras_in_use()
+        if hasattr(self, "train_cameras"):
+            yield self.train_cameras
 
     def _load_images(self, split: Literal["train", "eval"], cache_images_device: Literal["cpu", "gpu"]) -> list[dict]:
         """As nerfstudio's, which would undistort photos; here the model renders them as their lens took them."""

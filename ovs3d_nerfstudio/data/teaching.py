@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ovs3d_nerfstudio.data.dataset import OVS3DDataset
+from ovs3d_nerfstudio.data.run_views import RunViews
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
 from ovs3d_nerfstudio.engine.option_checks import COUNT, SIZE, Range
 from ovs3d_nerfstudio.features.basis import Basis
@@ -42,6 +44,18 @@ class TeachingConfig:
 
     RANGES: ClassVar[Mapping[str, Range]] = {"num_windows": COUNT, "window_size": SIZE, "rays_a_token": SIZE}
     """What each number may be."""
+
+    run_views: ClassVar[RunViews | None] = None
+    """What the checkpoint of an opened run keeps of its data; no option, and no part of a config.yml."""
+
+    def known(self, state: dict[str, Any]) -> None:
+        """Takes up what a checkpoint keeps of its run's data, before the data are read; what is wrong with it is said when it is
+        loaded."""
+        with suppress(KeyError, TypeError, ValueError):
+            self.run_views = RunViews.of_plain(state["pipeline"]["datamanager._extra_state"])  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "run_views"}
 
 
 class Teaching(DataManager):
