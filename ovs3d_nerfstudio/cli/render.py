@@ -53,6 +53,8 @@ class _Asking:
     """Write a label image of each view."""
     masks: bool = True
     """Write one mask a class of each view too, where label images are written."""
+    data: Path | None = None
+    """Where the scene is now, if it moved since the training."""
 
     def main(self) -> None:
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
@@ -72,7 +74,9 @@ class _Asking:
     def _setup(self, load_config, eval_num_rays_per_chunk=None, test_mode="test", update_config_callback=None) -> Any:
         """Stands in for nerfstudio's `eval_setup`: a run that answers for our prompts and writes down its labels."""
         change = update_config_callback or (lambda config: config)
-        config, pipeline, checkpoint, step = open_run(load_config, test_mode, eval_num_rays_per_chunk, change=change)
+        config, pipeline, checkpoint, step = open_run(
+            load_config, test_mode, eval_num_rays_per_chunk, self.data, change
+        )
         if not len(pipeline.datamanager.eval_dataset) and self.held_out():
             raise CommandError(
                 f"No photo of {pipeline.datamanager.config.data} is held out, so there is no view to start from; render the "
