@@ -32,6 +32,7 @@ class CheckedData(DataManager):
 
     config: Any
     """Of the datamanager, and a TeachingConfig."""
+    dataparser: Any
     train_dataset: OVS3DDataset
     eval_dataset: OVS3DDataset
     train_dataparser_outputs: Any
@@ -92,6 +93,9 @@ class CheckedData(DataManager):
 
     def create_eval_dataset(self) -> OVS3DDataset:
         """The held-out photos, likewise."""
+        if self.test_mode == "val":
+            # What a run is opened with, so that it is not trained in vain.
+            self.dataparser.get_dataparser_outputs(split="test")
         return self._checked(super().create_eval_dataset())
 
     def get_extra_state(self) -> dict[str, Any]:
