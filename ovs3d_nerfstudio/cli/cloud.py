@@ -14,6 +14,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import Progress
 from torch import Tensor
 
+from ovs3d_nerfstudio.cli.boxes import Box
 from ovs3d_nerfstudio.cli.points import LabelledPoints, classify
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.models.nerf import OVS3DModel
@@ -22,33 +23,45 @@ from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
 MOST_TRIES = 20
 """Batches without any point after which a run is said to show nothing."""
+MOST_PIXELS = 4
+"""Pixels looked at for each point that is wanted in a box: where it is small, fewer points are found."""
 NEIGHBOURS = 20
 """Neighbours whose mean distance makes a point an outlier, as in ns-export."""
 
 
 @torch.no_grad()
-def sample_cloud(pipeline: OVS3DPipeline, num_points: int, rays_per_batch: int, std_ratio: float) -> LabelledPoints:
+def sample_cloud(
+    pipeline: OVS3DPipeline, num_points: int, rays_per_batch: int, std_ratio: float, box: Box | None = None
+) -> LabelledPoints:
     """Points in the model's frame where random training pixels end; pixels that end nowhere are left out.
 
     Each has the label that its pixel has in `segmentation`. `std_ratio` takes out outliers, see open3d's
-    `remove_statistical_outlier`; 0 keeps all. Raises CommandError when the pixels end nowhere.
+    `remove_statistical_outlier`; 0 keeps all. Only points in the `box` are taken, if there is one: fewer than asked for where
+    they are rare. Raises CommandError when the pixels end nowhere, or nowhere in the box.
     """
     pipeline.eval()
     batches = _along_rays if isinstance(pipeline.model, OVS3DModel) else _in_views
     parts: list[LabelledPoints] = []
-    count = tries = 0
+    count = tries = pixels = 0
+    # A splat's batches are of one view each, and a box may be seen by few.
+    patience = MOST_TRIES if batches is _along_rays else max(MOST_TRIES, len(pipeline.datamanager.train_dataset))
     with _labels_in_outputs(pipeline.model), Progress(console=CONSOLE) as progress:
         task = progress.add_task("Sampling points", total=num_points)
         for part in batches(pipeline, num_points, rays_per_batch):
+            pixels += len(part.positions)
+            if box is not None:
+                part = part[box.within(part.positions)]
             found = len(part.positions)
             tries = 0 if found else tries + 1
-            if tries == MOST_TRIES:
-                raise CommandError("The pixels of this run end nowhere; train it longer before you export it.")
             parts.append(part)
             count += found
             progress.update(task, completed=min(count, num_points))
-            if count >= num_points:
+            if count >= num_points or tries == patience or pixels >= MOST_PIXELS * num_points:
                 break
+    if not count:
+        if pixels:
+            raise CommandError("No point of this run lies in the box; choose another one.")
+        raise CommandError("The pixels of this run end nowhere; train it longer before you export it.")
     gathered = zip(*(vars(part).values() for part in parts), strict=True)
     cloud = LabelledPoints(*map(np.concatenate, gathered))[np.arange(min(count, num_points))]
     cloud.positions = cloud.positions.astype(np.float64)
