@@ -133,6 +133,18 @@ def test_its_catalogue_is_whole_and_its_gaussians_are_those_of_ns_export(run, tm
             assert np.allclose(ours[name], theirs[name], atol=1e-5), name
 
 
+def test_its_mesh_lies_on_what_is_there(run, pointed, tmp_path, ovs3d):
+    words = ["--load-config", run, "--output-dir", tmp_path, "--no-object-meshes"]
+    assert ovs3d("export", "mesh", *words)[0] == 0
+    element = PlyData.read(tmp_path / "mesh.ply")
+    vertices = element["vertex"].data
+    points = torch.from_numpy(np.stack([vertices[name] for name in "xyz"], -1))
+    true = PlyData.read(pointed / "sparse_pc.ply")["vertex"].data
+    true = torch.from_numpy(np.stack([true[name] for name in "xyz"], -1)).to(points)
+    nearest = torch.cat([torch.cdist(part, true).amin(1) for part in points.split(4096)])
+    assert len(element["face"]) > 1000 and nearest.median() < 0.2 and (vertices["class_id"] > 0).all()
+
+
 def test_a_cloud_lies_on_what_is_there(run, pointed, tmp_path, ovs3d):
     words = ["--load-config", run, "--output-dir", tmp_path, "--num-points", 2000, "--std-ratio", 0]
     assert ovs3d("export", "pointcloud", *words)[0] == 0

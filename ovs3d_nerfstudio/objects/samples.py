@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int16
+from jaxtyping import Bool, Float, Int16
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import Progress
 from scipy.spatial import cKDTree
@@ -27,6 +27,8 @@ from ovs3d_nerfstudio.prompts.answers import Question, packed, unpacked
 
 MOST_TRIES = 20
 """Batches without any point after which a run is said to show nothing."""
+MOST_PIXELS = 4
+"""Pixels looked at for each point that is wanted in a box: where it is small, fewer points are found."""
 NEIGHBOURS = 20
 """Neighbours whose mean distance makes a point an outlier, as in ns-export."""
 NEAREST = 4
@@ -106,27 +108,41 @@ class Neighbours:
 
 
 @torch.no_grad()
-def sample_cloud(pipeline: OVS3DPipeline, num_points: int, rays_per_batch: int, std_ratio: float) -> Samples:
+def sample_cloud(
+    pipeline: OVS3DPipeline,
+    num_points: int,
+    rays_per_batch: int,
+    std_ratio: float,
+    within: Callable[[Float[np.ndarray, "N 3"]], Bool[np.ndarray, " N"]] | None = None,
+) -> Samples:
     """The places where random training pixels end; pixels that end nowhere are left out.
 
-    `std_ratio` takes out outliers, see open3d's `remove_statistical_outlier`; 0 keeps all. Raises CommandError when the
-    pixels end nowhere.
+    `std_ratio` takes out outliers, see open3d's `remove_statistical_outlier`; 0 keeps all. Where `within` chooses among places in
+    the model's frame, there are fewer than asked for if they are rare. Raises CommandError when the pixels end nowhere, or
+    nowhere that is chosen.
     """
-    batches = _along_rays if isinstance(pipeline.model, OVS3DModel) else _in_views
+    along_rays = isinstance(pipeline.model, OVS3DModel)
     parts: list[Samples] = []
-    count = tries = 0
+    count = tries = pixels = 0
+    # A splat's batches are of one view each, and what is chosen may be seen by few.
+    patience = MOST_TRIES if along_rays else max(MOST_TRIES, len(pipeline.datamanager.train_dataset))
     with pipeline.model.features_wanted(), Progress(console=CONSOLE) as progress:
         task = progress.add_task("Sampling points", total=num_points)
-        for part in batches(pipeline, num_points, rays_per_batch):
+        for part in (_along_rays if along_rays else _in_views)(pipeline, num_points, rays_per_batch):
+            pixels += len(part.positions)
+            if within is not None:
+                part = part[within(part.positions)]
             found = len(part.positions)
             tries = 0 if found else tries + 1
-            if tries == MOST_TRIES:
-                raise CommandError("The pixels of this run end nowhere; train it longer before you export it.")
             parts.append(part)
             count += found
             progress.update(task, completed=min(count, num_points))
-            if count >= num_points:
+            if count >= num_points or tries == patience or pixels >= MOST_PIXELS * num_points:
                 break
+    if not count:
+        if pixels:
+            raise CommandError("No point of this run lies in the box; choose another one.")
+        raise CommandError("The pixels of this run end nowhere; train it longer before you export it.")
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     joined = (torch.cat(c) if isinstance(c[0], Tensor) else np.concatenate(c) for c in columns)  # type: ignore[arg-type]
     cloud = Samples(*joined)[np.arange(min(count, num_points))]  # type: ignore[arg-type]
