@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from nerfstudio.data.datamanagers.base_datamanager import DataManager
-from nerfstudio.data.utils.data_utils import get_image_mask_tensor_from_path
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from ovs3d_nerfstudio.engine.option_checks import COUNT, SIZE, Range
 from ovs3d_nerfstudio.features.basis import Basis
 from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, default_cache_dir, extract
 from ovs3d_nerfstudio.features.teachers import Teachers, Windows
+from ovs3d_nerfstudio.pictures import read_mask
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Teaching(DataManager):
     def teach(self, views: CachedViews, basis: Basis) -> Teachers:
         """Hold the features of `views` as coefficients of `basis` for the steps to come."""
         files = self.train_dataparser_outputs.mask_filenames
-        masks = (get_image_mask_tensor_from_path(file)[..., 0] for file in files) if files else None
+        masks = (read_mask(file)[..., 0] for file in files) if files else None
         self.teachers = Teachers(views, basis, self.device, masks)
         cameras = self.train_dataset.cameras
         self._sizes = torch.cat([cameras.height, cameras.width], -1).cpu()
