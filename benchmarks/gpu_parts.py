@@ -22,7 +22,6 @@ from nerfstudio.field_components.encodings import HashEncoding
 from rich.console import Console
 from training_steps import Run, seconds
 
-from ovs3d_nerfstudio.cli.common import our_methods
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
 from ovs3d_nerfstudio.features.basis import fit_basis
 from ovs3d_nerfstudio.features.extraction import ClipFeatures, extract
@@ -30,6 +29,7 @@ from ovs3d_nerfstudio.features.teachers import Teachers
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding
 from ovs3d_nerfstudio.models.nerf import tcnn_imports
 from ovs3d_nerfstudio.pictures import list_pictures
+from ovs3d_nerfstudio.run_files import our_methods
 
 VIEWS = 40
 """Views of the training that is worked out from what was measured."""

@@ -25,10 +25,10 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils import colormaps
 from viser._scene_api import _encode_image_binary
 
-from ovs3d_nerfstudio.cli.common import open_run
 from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.files import write_json
 from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.run_files import open_run
 from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
 ADJECTIVES = [

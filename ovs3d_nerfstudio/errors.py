@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NoReturn
 
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -19,14 +20,31 @@ class CommandError(UserError):
     """A command cannot do what it was asked to."""
 
 
+_raised: ContextVar[bool] = ContextVar("raised", default=False)
+
+
+@contextmanager
+def errors_raised() -> Iterator[None]:
+    """Inside, `user_errors` lets errors through to whoever opened this, who may be a program that goes on."""
+    token = _raised.set(True)
+    try:
+        yield
+    finally:
+        _raised.reset(token)
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """What a user can mend ends the command with its sentence and status 1, not with a traceback."""
+    """What a user can mend ends the command with its sentence and status 1, not with a traceback; see `errors_raised`."""
     try:
         yield
     except UserError as error:
+        if _raised.get():
+            raise
         _end(str(error))
     except OSError as error:
+        if _raised.get():
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a write that fails names no file
             _end(f"There is no room to write ({error.strerror or ''}); make room, or write elsewhere.")
         if error.filename is None:

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.files import written_beside
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 
@@ -141,3 +142,10 @@ def _unreadable(path: Path, error: Exception) -> PictureError:
     if isinstance(error, UnidentifiedImageError):
         said = "it is empty" if path.stat().st_size == 0 else "of no known kind"
     return PictureError(f"{path} cannot be read as a picture ({said}); replace it or take it out of the data.")
+
+
+def write_picture(path: Path, pixels: UInt8[np.ndarray, "H W 3"] | np.ndarray) -> None:
+    """Writes a PNG beside and renames; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as beside:
+        Image.fromarray(pixels).save(beside, format="PNG")

@@ -109,8 +109,8 @@ def test_every_number_of_ours_has_its_range(kind):
 def test_what_the_variants_have_is_allowed():
     from nerfstudio.configs.method_configs import all_methods
 
-    from ovs3d_nerfstudio.cli.common import our_methods
     from ovs3d_nerfstudio.pipeline import check_options
+    from ovs3d_nerfstudio.run_files import our_methods
 
     assert len(our_methods()) == 5
     for name in our_methods():

@@ -13,7 +13,6 @@ import yaml
 from children import checkpoint_folder, run_folder
 from nerfstudio.utils.eval_utils import eval_load_checkpoint, eval_setup
 
-from ovs3d_nerfstudio.cli.common import open_run
 from ovs3d_nerfstudio.engine.checkpoints import (
     TINY_CUDA_NN,
     CheckpointError,
@@ -23,6 +22,7 @@ from ovs3d_nerfstudio.engine.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from ovs3d_nerfstudio.run_files import open_run
 
 STEPS = 6
 

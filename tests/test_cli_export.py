@@ -14,12 +14,12 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.scripts.exporter import ExportGaussianSplat
 from plyfile import PlyData
 
-from ovs3d_nerfstudio.cli.ply import vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.cli.points import LabelledPoints, connected, objects
 from ovs3d_nerfstudio.data.frames import Frame, FrameError
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, train_cameras
 from ovs3d_nerfstudio.models.lpips import lpips_optional
+from ovs3d_nerfstudio.objects.points import LabelledPoints, connected, find_objects
+from ovs3d_nerfstudio.ply import vertex_table, with_labels, write_ply
 
 
 def demo_cloud() -> tuple[LabelledPoints, list[str]]:
@@ -36,21 +36,22 @@ def demo_cloud() -> tuple[LabelledPoints, list[str]]:
         classes.append(np.array([names.index(solid.name) + 1 for solid in solids])[index.ravel()[seen]])
     positions, classes = np.concatenate(positions).astype(float), np.concatenate(classes)
     distance = np.concatenate(distances)
-    return LabelledPoints(positions, np.zeros_like(positions), classes, np.ones(len(classes)), distance), names
+    one = np.ones(len(classes))
+    return LabelledPoints(positions, np.zeros_like(positions), classes, one, distance, one), names
 
 
 def test_objects_of_the_demo_scene_are_where_its_blocks_stand():
     cloud, names = demo_cloud()
-    found = objects(cloud, 0.02 * float(np.median(cloud.distance)), 0.02, lambda class_id: names[class_id - 1])
+    found = find_objects(cloud, 0.02 * float(np.median(cloud.distance)), 0.02, names).objects
     for solid in blocks(demo_solids()):
-        (one,) = [entry for entry in found if entry["prompt"] == solid.name]
+        (one,) = [thing for thing in found if thing.prompt == solid.name]
         low, high = solid.bounds()
         # The cameras stand before the scene: what faces them, the left, the right and the top, is all that they see.
         size = (high - low).max()
-        assert abs(one["box"]["max"][2] - high[2]) < 0.03 * size
-        assert np.abs(np.array(one["box"]["min"])[:2] - low[:2]).max() < 0.05 * size
-        assert abs(one["box"]["max"][0] - high[0]) < 0.05 * size
-        assert (np.array(one["centroid"]) > low).all() and (np.array(one["centroid"]) < high).all()
+        assert abs(one.box_max[2] - high[2]) < 0.03 * size
+        assert np.abs(one.box_min[:2] - low[:2]).max() < 0.05 * size
+        assert abs(one.box_max[0] - high[0]) < 0.05 * size
+        assert (one.centroid > low).all() and (one.centroid < high).all()
 
 
 def test_components_are_apart_by_more_than_the_gap_and_sorted_by_size():
@@ -66,17 +67,34 @@ def test_a_sparse_bridge_joins_nothing_and_stretches_no_box():
     bridge = np.stack([np.linspace(0.5, 3.5, 25), np.full(25, 0.5), np.full(25, 0.5)], -1)
     stray = rng.uniform(-2, 5, (20, 3))
     positions = np.concatenate([one, other, bridge, stray])
-    cloud = LabelledPoints(positions, positions * 0, *np.ones((3, len(positions)), int))
-    first, second = objects(cloud, 0.25, 0.02, str)
+    cloud = LabelledPoints(positions, positions * 0, *np.ones((4, len(positions)), int))
+    first, second = find_objects(cloud, 0.25, 0.02, ["a"]).objects
     for found, (low, high) in ((first, ([0, 0, 0], [1, 1, 1])), (second, ([3, 0, 0], [4, 1, 1]))):
-        assert np.abs(np.array(found["box"]["min"]) - low).max() < 0.05
-        assert np.abs(np.array(found["box"]["max"]) - high).max() < 0.05
+        assert np.abs(found.box_min - low).max() < 0.05
+        assert np.abs(found.box_max - high).max() < 0.05
 
 
 def test_small_parts_are_no_objects():
     positions = np.concatenate([np.random.default_rng(0).uniform(0, 1, (1000, 3)), [[9.0, 9, 9], [9, 9, 9.1]]])
-    cloud = LabelledPoints(positions, positions * 0, np.ones(1002, int), np.ones(1002), np.ones(1002))
-    assert len(objects(cloud, 0.3, 0.02, str)) == 1 and len(objects(cloud, 0.3, 0.001, str)) == 2
+    cloud = LabelledPoints(positions, positions * 0, *np.ones((4, 1002), int))
+    few, all_ = find_objects(cloud, 0.3, 0.02, ["a"]), find_objects(cloud, 0.3, 0.001, ["a"])
+    assert (len(few.objects), few.crumbs, few.left_out) == (1, 1, 2)
+    assert (len(all_.objects), all_.crumbs, all_.left_out) == (2, 0, 0)
+
+
+def test_faint_gaussians_stretch_no_box_and_go_with_their_object():
+    rng = np.random.default_rng(0)
+    thing, haze = rng.uniform(0, 1, (2000, 3)), rng.uniform(-0.2, 1.2, (300, 3))
+    positions, opacity = np.concatenate([thing, haze]), np.repeat([0.8, 0.05], [2000, 300])
+    ones = np.ones(2300, int)
+    (one,) = find_objects(
+        LabelledPoints(positions, positions * 0, ones, ones, ones, opacity), 0.25, 0.02, ["a"]
+    ).objects
+    assert np.abs(one.box_min).max() < 0.02 and np.abs(one.box_max - 1).max() < 0.02 and one.count == 2300
+    (other,) = find_objects(
+        LabelledPoints(positions, positions * 0, ones, ones, ones, opacity), 0.1, 0.02, ["a"]
+    ).objects
+    assert 2000 < other.count < 2300
 
 
 def test_a_frame_goes_there_and_back(tmp_path):
@@ -133,17 +151,18 @@ def test_a_point_cloud_lies_in_the_data_and_carries_the_runs_labels(trained, sce
         inside |= ((pixels >= -1) & (pixels <= [97, 73])).all(-1) & (depth > 0)
     assert inside.all()
     for entry in json.loads((tmp_path / "objects.json").read_text())["objects"]:
-        assert (np.array(entry["box"]["min"]) <= entry["box"]["max"]).all() and entry["points"] >= 2
+        assert (np.array(entry["box"]["min"]) <= entry["box"]["max"]).all() and entry["count"] >= 2
 
 
 @pytest.mark.slow
 def test_points_have_the_labels_of_their_pixels(trained, ovs3d):
-    from ovs3d_nerfstudio.cli.cloud import sample_cloud
-    from ovs3d_nerfstudio.cli.common import open_run
+    from ovs3d_nerfstudio.objects.samples import sample_cloud
+    from ovs3d_nerfstudio.run import load_run
 
-    _, pipeline, _, _ = open_run(trained[0])
+    run = load_run(trained[0])
+    pipeline = run.pipeline
     torch.manual_seed(0)
-    cloud = sample_cloud(pipeline, 200, 256, 0)
+    cloud = sample_cloud(pipeline, 200, 256, 0).labelled(run.question())
     torch.manual_seed(0)
     rays, _ = pipeline.datamanager.next_train(0)
     with torch.no_grad():
@@ -155,8 +174,7 @@ def test_points_have_the_labels_of_their_pixels(trained, ovs3d):
 
 @pytest.mark.slow
 def test_a_mesh_carries_the_labels_of_its_places(trained, tmp_path):
-    from ovs3d_nerfstudio.cli.common import open_run
-    from ovs3d_nerfstudio.cli.points import label_positions
+    from ovs3d_nerfstudio.run import load_run
 
     ball = open3d.geometry.TriangleMesh.create_sphere(0.4, 12)
     open3d.io.write_triangle_mesh(str(tmp_path / "ball.ply"), ball)
@@ -167,12 +185,11 @@ def test_a_mesh_carries_the_labels_of_its_places(trained, tmp_path):
     assert len(mesh.faces) == len(ball.triangles) and mesh.is_watertight and mesh.volume > 0
     frame = Frame.of_run(trained[0].parent)
     assert np.allclose(frame.to_model(np.asarray(mesh.vertices)), np.asarray(ball.vertices), atol=1e-4)
-    _, pipeline, _, _ = open_run(trained[0])
-    trained_prompts = pipeline.model.segmenter.prompts
-    labels, _ = label_positions(pipeline.model, np.asarray(ball.vertices))
+    run = load_run(trained[0])
+    labels = run.label_points(np.asarray(ball.vertices), frame="model").labels
     # Where one of the three prompts asked for wins among all of the run's, it wins among the three.
     for number, prompt in enumerate(["books", "cat", "espresso"], start=1):
-        assert (vertices["class_id"][labels == trained_prompts.index(prompt)] == number).all()
+        assert (vertices["class_id"][labels == run.prompts.index(prompt)] == number).all()
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +226,7 @@ def splat(trained, scene, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 def test_gaussians_of_splatfacto_carry_the_labels_of_their_places(trained, splat, tmp_path):
-    from ovs3d_nerfstudio.cli.common import open_run
-    from ovs3d_nerfstudio.cli.points import label_positions
+    from ovs3d_nerfstudio.run import load_run
 
     path, theirs = splat
     words = ["ovs3d", "export", "splat", "--load-config", trained[0], "--output-dir", tmp_path, "--splat", path]
@@ -219,12 +235,11 @@ def test_gaussians_of_splatfacto_carry_the_labels_of_their_places(trained, splat
     assert len(before) == len(after) == 2000 and {"f_dc_0", "f_rest_44", "opacity", "rot_3"} <= set(before.dtype.names)
     assert list(after.dtype.names) == [*before.dtype.names, "class_id", "probability"]
     assert all(np.array_equal(before[name], after[name]) for name in before.dtype.names)
-    _, pipeline, _, _ = open_run(trained[0])
-    positions = Frame.of_run(theirs.parent).to_data(np.stack([before[axis] for axis in "xyz"], -1))
-    labels, probability = label_positions(pipeline.model, Frame.of_run(trained[0].parent).to_model(positions))
-    assert (after["class_id"] == labels + 1).mean() > 0.99 and len(np.unique(labels)) > 1
-    assert np.allclose(after["probability"], probability, atol=1e-3)
-    for number, prompt in enumerate(pipeline.model.segmenter.prompts, start=1):
+    run = load_run(trained[0])
+    found = run.label_points(Frame.of_run(theirs.parent).to_data(np.stack([before[axis] for axis in "xyz"], -1)))
+    assert (after["class_id"] == found.labels + 1).mean() > 0.99 and len(np.unique(found.labels)) > 1
+    assert np.allclose(after["probability"], found.probabilities.max(-1), atol=1e-3)
+    for number, prompt in enumerate(run.prompts, start=1):
         alone, without = (
             PlyData.read(str(tmp_path / f"{number:03d}-{prompt}{kind}.ply"))["vertex"].data for kind in ("", "-removed")
         )

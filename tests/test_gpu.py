@@ -16,12 +16,12 @@ from test_hash_grid import TOLERANCE, points, run
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ovs3d_nerfstudio.cli.common import our_methods
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints, read_checkpoint
 from ovs3d_nerfstudio.fields import hash_grid
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding
 from ovs3d_nerfstudio.models.nerf import tcnn_imports
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+from ovs3d_nerfstudio.run_files import our_methods
 
 pytestmark = [
     pytest.mark.gpu,

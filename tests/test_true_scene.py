@@ -14,10 +14,10 @@ from PIL import Image
 from plyfile import PlyData
 
 from ovs3d_nerfstudio.cli.labels import read_labels
-from ovs3d_nerfstudio.cli.ply import write_ply
 from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.demo.raycast import Camera, cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, held_out_cameras, make_scene, train_cameras
+from ovs3d_nerfstudio.ply import write_ply
 from ovs3d_nerfstudio.prompts.prompts import CLASSES_FILE, read_prompts_file
 
 pytestmark = pytest.mark.slow

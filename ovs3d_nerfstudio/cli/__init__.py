@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "preview": "Show what the prompts are relevant to, before any training, and how to better them.",
     "eval": "Compare a run with the scene's masks: metrics as JSON, pictures, and a report.",
     "render": "Render a run with prompts of the moment: pictures, videos, label images and masks.",
+    "objects": "List the objects of a run: a box, a file and a picture of each, and the scene without it.",
     "export": "Export labelled points with their objects, a labelled mesh, or labelled Gaussians.",
 }
 """Name of each subcommand, which is its module in this folder too, and a sentence about it."""

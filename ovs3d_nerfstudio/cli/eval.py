@@ -12,17 +12,19 @@ from jaxtyping import Float, Int, UInt8
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
-from ovs3d_nerfstudio.cli.common import ask, open_run
-from ovs3d_nerfstudio.cli.labels import ids, write_labels, write_picture
+from ovs3d_nerfstudio.cli.common import ask
+from ovs3d_nerfstudio.cli.labels import ids, write_labels
 from ovs3d_nerfstudio.cli.report import write_report
 from ovs3d_nerfstudio.engine.option_checks import check_file
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.evaluation.metrics import ViewMetrics, match_classes, relabel, summarise, view_metrics
 from ovs3d_nerfstudio.evaluation.splits import RenderedView, rendered_views
 from ovs3d_nerfstudio.files import write_json
+from ovs3d_nerfstudio.pictures import write_picture
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 from ovs3d_nerfstudio.prompts.palette import colorize, colors_for
 from ovs3d_nerfstudio.prompts.prompts import clean_prompt, prompt_key
+from ovs3d_nerfstudio.run import load_run
 
 WRONG = np.array([220, 30, 30], np.uint8)
 """Colour of a wrong pixel in the picture of errors."""
@@ -63,15 +65,15 @@ class Command:
         if folder == self.output_path:
             raise CommandError(f"--output-path {self.output_path} has no suffix; name a file such as metrics.json.")
         mapping = parse_mapping(self.prompt_classes)
-        config, pipeline, checkpoint, step = open_run(self.load_config, data=self.data)
-        prompts = ask(pipeline, self.prompts, self.prompts_file)
-        comparison = compare(pipeline, self.split, mapping)
+        run = load_run(self.load_config, data=self.data)
+        prompts = ask(run, self.prompts, self.prompts_file)
+        comparison = compare(run.pipeline, self.split, mapping)
         for view in comparison.views:
             write_labels(folder / "labels" / f"{view.name}.png", view.prediction, len(comparison.classes))
         figures = {
-            "method": config.method_name,
-            "checkpoint": str(checkpoint),
-            "step": step,
+            "method": run.config.method_name,
+            "checkpoint": str(run.checkpoint),
+            "step": run.step,
             "split": self.split,
             "prompts": dict(zip(prompts, comparison.class_of_prompt, strict=True)),
             "label_ids": ids(comparison.classes, comparison.colors),

@@ -13,17 +13,18 @@ from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
-from ovs3d_nerfstudio.cli.cloud import sample_cloud
-from ovs3d_nerfstudio.cli.common import ask, open_run
+from ovs3d_nerfstudio.catalogue import listed, write_objects
+from ovs3d_nerfstudio.cli.common import ask
 from ovs3d_nerfstudio.cli.labels import ids
-from ovs3d_nerfstudio.cli.ply import positions_of, read_vertices, vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.cli.points import label_positions, objects
-from ovs3d_nerfstudio.data.frames import Frame, frame_of
+from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SHARE, SIZE, check_fields
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.files import mask_stem, write_json
-from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+from ovs3d_nerfstudio.objects.points import find_objects
+from ovs3d_nerfstudio.objects.samples import sample_cloud
+from ovs3d_nerfstudio.ply import positions_of, read_vertices, vertex_table, with_labels, write_ply
 from ovs3d_nerfstudio.prompts.palette import colorize, save_legend
+from ovs3d_nerfstudio.run import Run, load_run
 
 
 @dataclass
@@ -41,14 +42,13 @@ class _Export:
     data: Path | None = None
     """Where the scene is now, if it moved since the training."""
 
-    def opened(self) -> OVS3DPipeline:
+    def opened(self) -> Run:
         """The run, answering for the prompts; classes.json and legend.png are written."""
-        _, pipeline, _, _ = open_run(self.load_config, data=self.data)
-        ask(pipeline, self.prompts, self.prompts_file)
-        segmenter = pipeline.model.segmenter
-        write_json(self.output_dir / "classes.json", ids(segmenter.prompts, segmenter.colors.cpu().numpy()))
-        save_legend(self.output_dir / "legend.png", segmenter.prompts, segmenter.colors.cpu())
-        return pipeline
+        run = load_run(self.load_config, data=self.data)
+        prompts = ask(run, self.prompts, self.prompts_file)
+        write_json(self.output_dir / "classes.json", ids(prompts, run.colors))
+        save_legend(self.output_dir / "legend.png", prompts, run.colors)
+        return run
 
     def path_of(self, class_id: int, prompt: str, kind: str = "") -> Path:
         """The file of one class: its number keeps names apart that a file system would not."""
@@ -68,7 +68,8 @@ class ExportPointCloud(_Export):
     color: Literal["class", "photo"] = "class"
     """What a point is painted with."""
     frame: Literal["data", "model"] = "data"
-    """data: coordinates of the data, those of its poses; model: the scaled and turned ones that nerfstudio trains in."""
+    """data: coordinates of the data, those of the poses in its file (and of sparse_pc.ply); model: the scaled and turned ones
+    that nerfstudio trains in."""
     file_a_class: bool = False
     """Write the points of each class as a file of their own too."""
     object_gap: float = 0.01
@@ -88,9 +89,9 @@ class ExportPointCloud(_Export):
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
         positive = {"num_points": SIZE, "num_rays_per_batch": SIZE, "object_gap": POSITIVE}
         check_fields("--", self, {**positive, "smallest_object": SHARE, "farthest": COUNT, "std_ratio": COUNT})
-        pipeline = self.opened()
-        cloud = sample_cloud(pipeline, self.num_points, self.num_rays_per_batch, self.std_ratio)
-        diagonal = camera_diagonal(pipeline)
+        run = self.opened()
+        samples = sample_cloud(run.pipeline, self.num_points, self.num_rays_per_batch, self.std_ratio)
+        cloud, diagonal = samples.labelled(run.question()), run.camera_diagonal
         if self.farthest > 0:
             near = cloud.distance <= self.farthest * diagonal
             CONSOLE.print(
@@ -101,26 +102,17 @@ class ExportPointCloud(_Export):
             cloud = cloud[near]
         low, high = np.quantile(cloud.positions, [0.01, 0.99], axis=0)
         if self.frame == "data":
-            frame = frame_of(pipeline.datamanager)
-            cloud.positions, diagonal = frame.to_data(cloud.positions), diagonal / frame.scale
-        segmenter = pipeline.model.segmenter
-        found = objects(
-            cloud,
-            self.object_gap * diagonal,
-            self.smallest_object,
-            lambda class_id: segmenter.prompts[class_id - 1],
-        )
-        colors = cloud.colors
-        if self.color == "class":
-            colors = colorize(cloud.class_id - 1, segmenter.colors.cpu().numpy())
+            cloud.positions, diagonal = run.frame.to_data(cloud.positions), diagonal / abs(run.frame.scale)
+        found = find_objects(cloud, self.object_gap * diagonal, self.smallest_object, run.prompts)
+        colors = colorize(cloud.class_id - 1, run.colors) if self.color == "class" else cloud.colors
         table = vertex_table(cloud.positions, colors, cloud.class_id, cloud.probability)
         write_ply(self.output_dir / "point_cloud.ply", table)
         if self.file_a_class:
             for class_id in np.unique(cloud.class_id).tolist():
-                write_ply(self.path_of(class_id, segmenter.prompts[class_id - 1]), table[cloud.class_id == class_id])
-        write_json(self.output_dir / "objects.json", {"frame": self.frame, "objects": found})
+                write_ply(self.path_of(class_id, run.prompts[class_id - 1]), table[cloud.class_id == class_id])
+        path = write_objects(self.output_dir, found, listed(found), self.frame, "points")
         self.said(self.output_dir / "point_cloud.ply", f"{len(table)} points")
-        self.said(self.output_dir / "objects.json", f"{len(found)} objects")
+        self.said(path, f"{len(found.objects)} objects")
         CONSOLE.print(
             f"For a mesh of this part of the scene, give ns-export tsdf: {box_options(low, high)}", soft_wrap=True
         )
@@ -147,13 +139,12 @@ class ExportMesh(_Export):
         positions, faces = np.asarray(mesh.vertices), np.asarray(mesh.triangles)
         if not len(faces):
             raise CommandError(f"{self.mesh} cannot be read as a mesh with triangles; export it again.")
-        pipeline = self.opened()
-        labels, probability = label_positions(pipeline.model, positions)
-        colors = colorize(labels, pipeline.model.segmenter.colors.cpu().numpy())
+        run = self.opened()
+        labels, probability = run.winners_at(positions, frame="model")
+        colors = colorize(labels, run.colors)
         if self.frame == "data":
-            frame = frame_of(pipeline.datamanager)
-            positions = frame.to_data(positions)
-            if np.linalg.det(frame.transform[:, :3]) < 0:
+            positions = run.frame.to_data(positions)
+            if np.linalg.det(run.frame.transform[:, :3]) < 0:
                 faces = faces[:, ::-1]  # a reflection turns triangles inside out
         write_ply(self.output_dir / "mesh.ply", vertex_table(positions, colors, labels + 1, probability), faces)
         self.said(self.output_dir / "mesh.ply", f"{len(positions)} vertices, {len(faces)} triangles")
@@ -177,15 +168,16 @@ class ExportSplat(_Export):
         check_fields("--", self, {"least_probability": SHARE})
         table = read_vertices(self.splat)
         positions = positions_of(table, self.splat)
-        theirs = Frame.of_run(self.splat_config.parent) if self.splat_config is not None else None
-        pipeline = self.opened()
+        theirs = Frame.of_run_outputs(self.splat_config.parent) if self.splat_config is not None else None
+        run = self.opened()
         if theirs is not None:
-            positions = frame_of(pipeline.datamanager).to_model(theirs.to_data(positions))
-        labels, probability = label_positions(pipeline.model, positions)
+            ours = Frame.of_outputs(run.pipeline.datamanager.train_dataparser_outputs)
+            positions = ours.to_model(theirs.to_data(positions))
+        labels, probability = run.winners_at(positions, frame="model")
         class_id = np.where(probability >= self.least_probability, labels + 1, 0)
         write_ply(self.output_dir / "splat.ply", with_labels(table, class_id, probability))
         self.said(self.output_dir / "splat.ply", f"{len(table)} Gaussians")
-        for label, prompt in enumerate(pipeline.model.segmenter.prompts, start=1):
+        for label, prompt in enumerate(run.prompts, start=1):
             chosen = class_id == label
             write_ply(self.path_of(label, prompt), table[chosen])
             write_ply(self.path_of(label, prompt, "-removed"), table[~chosen])
@@ -196,12 +188,6 @@ def box_options(low: Float[np.ndarray, " 3"], high: Float[np.ndarray, " 3"]) -> 
     """A box in the model's frame, as options of ns-export tsdf, whose own box is about the cameras and cuts through scenes."""
     corners = (" ".join(f"{value:.2f}" for value in corner) for corner in (low, high))
     return " ".join(f"--bounding-box-{end} {corner}" for end, corner in zip(("min", "max"), corners, strict=True))
-
-
-def camera_diagonal(pipeline: OVS3DPipeline) -> float:
-    """Diagonal of the box around the training cameras, in the model's units."""
-    origins = pipeline.datamanager.train_dataset.cameras.camera_to_worlds[..., 3]
-    return max(float((origins.amax(0) - origins.amin(0)).norm()), 1e-6)
 
 
 Command = Union[  # noqa: UP007 (tyro wants names for the parts)

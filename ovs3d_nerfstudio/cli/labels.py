@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from PIL import Image
 
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.files import mask_stem, write_json, written_beside
+from ovs3d_nerfstudio.pictures import write_picture
 from ovs3d_nerfstudio.prompts.palette import save_legend
 from ovs3d_nerfstudio.prompts.prompts import CLASSES_FILE, prompt_key
 
@@ -25,13 +26,6 @@ def read_labels(path: Path) -> Int[np.ndarray, "H W"]:
     """The labels that `write_labels` wrote: −1 is none."""
     with Image.open(path) as picture:
         return np.asarray(picture).astype(np.int64) - 1
-
-
-def write_picture(path: Path, pixels: UInt8[np.ndarray, "H W 3"] | np.ndarray) -> None:
-    """Writes a PNG beside and renames; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as beside:
-        Image.fromarray(pixels).save(beside, format="PNG")
 
 
 class LabelFolder:

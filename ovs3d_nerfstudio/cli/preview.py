@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 from torch import Tensor
 
-from ovs3d_nerfstudio.cli.labels import write_picture
 from ovs3d_nerfstudio.cli.scenes import SceneOptions
 from ovs3d_nerfstudio.cli.sheet import PreviewedView, contact_sheet
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
@@ -22,16 +20,13 @@ from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import CachedViews, extract
 from ovs3d_nerfstudio.files import write_json
-from ovs3d_nerfstudio.pictures import read_picture
+from ovs3d_nerfstudio.pictures import read_picture, view_names, write_picture
 from ovs3d_nerfstudio.prompts.palette import palette
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
-from ovs3d_nerfstudio.prompts.segmentation import chosen_scores, percentiles, stretched, told_scores
+from ovs3d_nerfstudio.prompts.segmentation import alike, chosen_scores, percentiles, stretched, told_scores
 
 NEVER = 0.005
 """A prompt that wins less than this share of the pictures is said never to win."""
-ALIKE = 0.9
-"""Correlation over the pictures from which two prompts are said to be the same to the encoder. On a kitchen table, "mustard
-bottle" and "yellow bottle of mustard" have 0.97, "blue pitcher" and "jug" 0.81, with the offline encoder."""
 
 
 @dataclass
@@ -64,7 +59,7 @@ class Command(SceneOptions):
             raise CommandError(f"{origin} Say what to look for with --prompts.")
         CONSOLE.print(escape(origin))
         chosen = np.unique(np.linspace(0, len(pictures) - 1, min(self.views, len(pictures))).round().astype(int))
-        paths = [pictures[i] for i in chosen]
+        paths, names = [pictures[i] for i in chosen], view_names(pictures)
         encoder = image_text_encoder(config.image_text_encoder, self.device)
         tokens = token_encoder(config.token_encoder, self.device)
         cache = config.datamanager.feature_cache_dir
@@ -86,14 +81,14 @@ class Command(SceneOptions):
         for hint in advice:
             CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
         shown = [
-            PreviewedView(path.name, read_picture(path).numpy(), [scale.numpy() for scale in maps])
+            PreviewedView(names[path], read_picture(path).numpy(), [scale.numpy() for scale in maps])
             for path, maps in zip(paths, similarities, strict=True)
         ]
         sheet = contact_sheet(shown, prompts, palette(len(prompts)), config.datamanager.scales, shares.numpy())
         write_picture(self.output_path.with_suffix(".png"), sheet)
         summary = {
             "encoder": config.image_text_encoder,
-            "views": [path.name for path in paths],
+            "views": [names[path] for path in paths],
             "shares": dict(zip(prompts, map(float, shares), strict=True)),
             "hints": advice,
         }
@@ -120,8 +115,6 @@ def hints(prompts: list[str], similarities: Float[Tensor, "n C"], shares: Float[
 
     `similarities` are those of the cells of all views and scales, `shares` what each prompt wins of them.
     """
-    standard = F.normalize(similarities - similarities.mean(0), dim=0)
-    correlation = standard.T @ standard
     said = []
     for i, prompt in enumerate(prompts):
         if shares[i] >= NEVER:
@@ -133,9 +126,9 @@ def hints(prompts: list[str], similarities: Float[Tensor, "n C"], shares: Float[
             f"'{prompt}' wins almost nowhere ({shares[i]:.1%}){place}. Say what is seen (colour, material), show a view of "
             "it, or drop it."
         )
-    for i, j in (correlation.triu(1) > ALIKE).nonzero().tolist():
+    for i, j, correlation in alike(similarities):
         said.append(
-            f"'{prompts[i]}' and '{prompts[j]}' are nearly the same to the encoder (correlation {correlation[i, j]:.2f}): "
+            f"'{prompts[i]}' and '{prompts[j]}' are nearly the same to the encoder (correlation {correlation:.2f}): "
             "they would share their object between them. Keep one."
         )
     return said

@@ -19,12 +19,14 @@ from nerfstudio.scripts import render
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
-from ovs3d_nerfstudio.cli.common import ask, open_run
+from ovs3d_nerfstudio.cli.common import ask
 from ovs3d_nerfstudio.cli.labels import LabelFolder
 from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, Range, check_fields
 from ovs3d_nerfstudio.errors import CommandError, reason
 from ovs3d_nerfstudio.pictures import view_names
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+from ovs3d_nerfstudio.run import Run
+from ovs3d_nerfstudio.run_files import open_run
 
 RANGES = {
     "downscale_factor": POSITIVE,
@@ -76,7 +78,7 @@ class _Asking:
                 f"No photo of {pipeline.datamanager.config.data} is held out, so there is no view to start from; render the "
                 "training views with --split train or --pose-source train, or a camera path."
             )
-        prompts = ask(pipeline, self.prompts, self.prompts_file)
+        prompts = ask(Run(config, pipeline, checkpoint, step), self.prompts, self.prompts_file)
         if self.labels:
             self._record(pipeline, prompts)
         return config, pipeline, checkpoint, step

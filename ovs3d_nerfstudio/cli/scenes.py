@@ -10,12 +10,12 @@ from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
-from ovs3d_nerfstudio.cli.common import our_methods
 from ovs3d_nerfstudio.data.scene_checks import check_cameras, readable_scene
 from ovs3d_nerfstudio.engine.option_checks import check_scales
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.extraction import ClipFeatures, default_cache_dir
 from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
+from ovs3d_nerfstudio.run_files import our_methods
 
 
 @dataclass

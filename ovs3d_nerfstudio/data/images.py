@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Bool
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.data.checked import CheckedData
 from ovs3d_nerfstudio.data.dataset import OVS3DDataset
-from ovs3d_nerfstudio.data.scene_checks import SceneError
+from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.data.seeds import seed_points
 from ovs3d_nerfstudio.data.teaching import Teaching, TeachingConfig
 from ovs3d_nerfstudio.engine.option_checks import SIZE, Range
 from ovs3d_nerfstudio.features.teachers import Windows
+from ovs3d_nerfstudio.gaussians.lenses import has_lens, lens_of
 
 
 @dataclass
@@ -55,16 +57,11 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
 
     def create_train_dataset(self) -> OVS3DDataset:
         dataset = super().create_train_dataset()
-        distortion = dataset.cameras.distortion_params
-        if distortion is not None and distortion.any():
-            raise SceneError(
-                f"The photos of {self.config.data} have lens distortion, which Gaussians cannot be rendered with; undistort "
-                "them first (colmap image_undistorter), or train a NeRF on them: ovs3d or ovs3d-lite."
-            )
         metadata = self.train_dataparser_outputs.metadata
         if self.test_mode == "val":
             parsed = self.train_dataparser_outputs
             self.train_dataset = dataset
+            _place_points(self.config.dataparser, parsed.metadata)
             seeds = seed_points(parsed, dataset.image_filenames, parsed.cameras, self.cache_folder(), CONSOLE)
             CONSOLE.print(escape(seeds.origin))
             points, colors = torch.from_numpy(seeds.positions), torch.from_numpy(seeds.colors)
@@ -72,6 +69,52 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
             # A run that is opened brings its Gaussians along: any few stand in their place until then.
             points, colors = torch.eye(4, 3), torch.zeros(4, 3, dtype=torch.uint8)
         metadata["points3D_xyz"], metadata["points3D_rgb"] = points, colors
+        return dataset
+
+    def cameras_in_use(self) -> Iterator[Cameras]:
+        """Those of the datasets, and nerfstudio's copy of them beside the photos in memory."""
+        yield from super().cameras_in_use()
+        if hasattr(self, "train_cameras"):
+            yield self.train_cameras
+
+    def _load_images(self, split: Literal["train", "eval"], cache_images_device: Literal["cpu", "gpu"]) -> list[dict]:
+        """As nerfstudio's, which would undistort photos; here the model renders them as their lens took them."""
+        dataset = self.train_dataset if split == "train" else self.eval_dataset
+        cameras = dataset.cameras
+        distortion, cameras.distortion_params = cameras.distortion_params, None
+        photos = super()._load_images(split, cache_images_device)
+        cameras.distortion_params = distortion
+        if split == "train":
+            self.train_cameras = cameras.to(self.device) if cache_images_device == "gpu" else cameras
+        for view, kept in enumerate(photos):
+            covered = self._covered(cameras, view)
+            if covered is not None:
+                covered = covered[..., None].to(kept["image"].device)
+                kept["mask"] = kept["mask"] & covered if "mask" in kept else covered
+        return photos
+
+    def masks(self) -> Iterable[Bool[Tensor, "h w"]] | None:
+        """As for any data; what a lens sees beyond what is rendered teaches nothing either."""
+        cameras, given = self.train_dataset.cameras, super().masks()
+        covered = [self._covered(cameras, view) for view in range(len(cameras))]
+        if all(part is None for part in covered):
+            return given
+        everywhere = (
+            torch.ones(*size.tolist(), dtype=torch.bool) for size in torch.cat([cameras.height, cameras.width], -1)
+        )
+        pairs = zip(everywhere if given is None else given, covered, strict=True)
+        return (mask if part is None else mask & part for mask, part in pairs)
+
+    def _covered(self, cameras: Cameras, view: int) -> Bool[Tensor, "h w"] | None:
+        """Where one view's lens is followed; None where that is everywhere."""
+        lens = lens_of(cameras[view : view + 1].to("cpu")) if cameras.distortion_params is not None else None
+        return None if lens is None or bool(lens.covered.all()) else lens.covered
+
+    def _checked(self, dataset: OVS3DDataset) -> OVS3DDataset:
+        dataset = super()._checked(dataset)
+        cameras = dataset.cameras
+        if not has_lens(cameras):
+            cameras.distortion_params = None  # zeros would be looked at, on the device, at every step
         return dataset
 
     def next_step(
@@ -106,6 +149,12 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
     def photos_in_memory(self) -> Mapping[int, Tensor]:
         """All of them."""
         return {view: kept["image"] for view, kept in enumerate(self.cached_train)}
+
+
+def _place_points(parser: Any, metadata: dict[str, Any]) -> None:
+    """Has the sparse points lie among the cameras: nerfstudio scales them by a transforms.json's `applied_scale`, those not."""
+    if isinstance(parser, NerfstudioDataParserConfig) and metadata.get("points3D_xyz") is not None:
+        metadata["points3D_xyz"] = metadata["points3D_xyz"] / Frame.applied_to(parser.data).scale
 
 
 def _names_points(data: Path) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
@@ -81,6 +82,12 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
         """Windows (see `draw_windows`) with their rays, or None when no window is asked for."""
         windows = self.draw_windows(colors)
         return None if windows is None else (self.train_ray_generator(windows.indices), windows)
+
+    def cameras_in_use(self) -> Iterator[Cameras]:
+        """Those of the datasets, and what nerfstudio made of them when it was set up."""
+        yield from super().cameras_in_use()
+        made = ("train_ray_generator", "eval_ray_generator", "fixed_indices_eval_dataloader", "eval_dataloader")
+        yield from (getattr(self, name).cameras for name in made if hasattr(self, name))
 
     def photos_in_memory(self) -> Mapping[int, Float[Tensor, "H W c"]]:
         """Those that nerfstudio draws rays from; looked up anew only when it has changed them, as a GPU would have to be waited

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from nerfstudio.data.datamanagers.base_datamanager import DataManager
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ovs3d_nerfstudio.data.dataset import OVS3DDataset
+from ovs3d_nerfstudio.data.run_views import RunViews
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
 from ovs3d_nerfstudio.engine.option_checks import COUNT, SIZE, Range
 from ovs3d_nerfstudio.features.basis import Basis
@@ -42,6 +44,18 @@ class TeachingConfig:
 
     RANGES: ClassVar[Mapping[str, Range]] = {"num_windows": COUNT, "window_size": SIZE, "rays_a_token": SIZE}
     """What each number may be."""
+
+    run_views: ClassVar[RunViews | None] = None
+    """What the checkpoint of an opened run keeps of its data; no option, and no part of a config.yml."""
+
+    def known(self, state: dict[str, Any]) -> None:
+        """Takes up what a checkpoint keeps of its run's data, before the data are read; what is wrong with it is said when it is
+        loaded."""
+        with suppress(KeyError, TypeError, ValueError):
+            self.run_views = RunViews.of_plain(state["pipeline"]["datamanager._extra_state"])  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "run_views"}
 
 
 class Teaching(DataManager):
@@ -77,12 +91,15 @@ class Teaching(DataManager):
 
     def teach(self, views: CachedViews, basis: Basis) -> Teachers:
         """Hold the features of `views` as coefficients of `basis` for the steps to come."""
-        files = self.train_dataparser_outputs.mask_filenames
-        masks = (read_mask(file)[..., 0] for file in files) if files else None
-        self.teachers = Teachers(views, basis, self.device, masks)
+        self.teachers = Teachers(views, basis, self.device, self.masks())
         cameras = self.train_dataset.cameras
         self._sizes = torch.cat([cameras.height, cameras.width], -1).cpu()
         return self.teachers
+
+    def masks(self) -> Iterable[Bool[Tensor, "h w"]] | None:
+        """Where each training view teaches, true for pixels that count; None where all do."""
+        files = self.train_dataparser_outputs.mask_filenames
+        return (read_mask(file)[..., 0] for file in files) if files else None
 
     def teachers_of(self, indices: Int[Tensor, "R 3"]) -> tuple[Float[Tensor, "R S K"], Float[Tensor, "R S 2 C"]]:
         """What the pyramid says of pixels (view, row, column), one cell a scale, and the ranges of their views' similarities."""

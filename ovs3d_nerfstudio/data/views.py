@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, UInt8
-from nerfstudio.cameras.camera_utils import radial_and_tangential_undistort
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from numpy import ndarray
 from PIL import Image
 
+from ovs3d_nerfstudio.gaussians.lenses import directions
 from ovs3d_nerfstudio.pictures import open_picture
 
 EDGE = 3
@@ -50,17 +48,8 @@ class View:
 
     def rays(self, pixels: Float[ndarray, "N 2"]) -> Float[ndarray, "N 3"]:
         """Unit vectors in the world along which pixels look: those of nerfstudio's cameras."""
-        flat = (pixels - self.principal) / self.focal
-        if self.distortion.any():
-            # In double precision and to its end: nerfstudio's own rays stop a little earlier.
-            flat = radial_and_tangential_undistort(torch.from_numpy(flat), torch.from_numpy(self.distortion)).numpy()
-        radius = np.linalg.norm(flat, axis=-1, keepdims=True)
-        if self.fisheye:
-            angle = radius.clip(1e-12, math.pi)
-            local = np.concatenate([flat / radius.clip(1e-12) * np.sin(angle), np.cos(angle)], -1)
-        else:
-            local = np.concatenate([flat, np.ones_like(radius)], -1) / np.sqrt(1 + radius**2)
-        return local @ self.rotation
+        lens = (self.focal, self.principal, self.distortion, self.fisheye)
+        return directions(pixels, *lens) @ self.rotation
 
     def project(self, points: Float[ndarray, "N 3"]) -> tuple[Float[ndarray, "N 2"], Float[ndarray, " N"]]:
         """Pixels and depths (along the axis) of world points; the pixels are NaN for what the picture cannot hold."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ COUNTS_FROM_THE_FIRST = "max_num_iterations - self._start_step" in inspect.getso
 
 class SavingTrainer(Trainer):
     """nerfstudio's trainer, with whole checkpoints and a resuming that repeats nothing."""
+
+    _saved: tuple[Path, dict[str, Any]] | None = None
+    """The checkpoint to go on from, between its reading and its loading."""
 
     def train(self) -> None:
         """Trains up to `max_num_iterations` steps in all, counted from the first one of a run that is resumed."""
@@ -82,23 +85,36 @@ class SavingTrainer(Trainer):
             "sampler": self.pipeline.model.step_state(),
         }
 
-    def _load_checkpoint(self) -> None:
-        config = self.config
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        """As nerfstudio's; a run that goes on has its checkpoint read first, for its data begin where that was trained."""
         with user_errors():
-            if config.load_dir is not None:
-                path, state = _latest(config.load_dir, config.load_step)
-            elif config.load_checkpoint is not None:
-                path, state = config.load_checkpoint, read_checkpoint(config.load_checkpoint)
-            else:
-                earlier = checkpoints(self.checkpoint_dir)
-                if earlier:
-                    CONSOLE.print(
-                        f"[bold yellow]Warning:[/bold yellow] Training starts anew, and its first save replaces {earlier[0]}; "
-                        f"to go on from there, give --load-dir {self.checkpoint_dir}."
-                    )
-                return
+            self._saved = self._checkpoint_to_load()
+        if self._saved is not None:
+            datamanager: Any = self.config.pipeline.datamanager
+            datamanager.known(self._saved[1])
+        super().setup(test_mode)
+
+    def _checkpoint_to_load(self) -> tuple[Path, dict[str, Any]] | None:
+        config = self.config
+        if config.load_dir is not None:
+            return _latest(config.load_dir, config.load_step)
+        if config.load_checkpoint is not None:
+            return config.load_checkpoint, read_checkpoint(config.load_checkpoint)
+        return None
+
+    def _load_checkpoint(self) -> None:
+        if self._saved is None:
+            earlier = checkpoints(self.checkpoint_dir)
+            if earlier:
+                CONSOLE.print(
+                    f"[bold yellow]Warning:[/bold yellow] Training starts anew, and its first save replaces {earlier[0]}; "
+                    f"to go on from there, give --load-dir {self.checkpoint_dir}."
+                )
+            return
+        (path, state), self._saved = self._saved, None
+        with user_errors():
             self._resume(state)
-            CONSOLE.print(f"Going on after step {state['step']} from {path}.")
+        CONSOLE.print(f"Going on after step {state['step']} from {path}.")
 
     def _resume(self, state: dict[str, Any]) -> None:
         self.pipeline.load_pipeline(state["pipeline"], state["step"])

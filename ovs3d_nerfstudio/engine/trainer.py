@@ -84,7 +84,7 @@ class OVS3DTrainer(SavingTrainer):
     """Only rank 0 evaluates, and weights that are not finite are not saved."""
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
-        """As nerfstudio's; says first what would make training on a CPU slow."""
+        """As nerfstudio's; says first what would make training on a CPU slow, and leaves the frame of the data in the run."""
         hint = busy_hint(torch.get_num_threads()) if self.config.machine.device_type == "cpu" else None
         if hint:
             CONSOLE.print(hint, style="yellow")
@@ -95,6 +95,9 @@ class OVS3DTrainer(SavingTrainer):
                     "gradients that decide where Gaussians come and go must not be scaled; leave the option out."
                 )
         super().setup(test_mode)
+        if ranks.rank() == 0:
+            datamanager: Any = self.pipeline.datamanager
+            datamanager.frame.write(self.base_dir)
 
     def train_iteration(self, step: int) -> Any:
         """As nerfstudio's; where memory runs out the command ends with what to lower."""

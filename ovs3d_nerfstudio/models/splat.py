@@ -20,6 +20,7 @@ from torch import Tensor
 from ovs3d_nerfstudio.engine.option_checks import SHARE, SIZE, Range
 from ovs3d_nerfstudio.features.teachers import Windows
 from ovs3d_nerfstudio.fields.semantic_field import LInfContraction
+from ovs3d_nerfstudio.gaussians.lenses import Lens, lens_of
 from ovs3d_nerfstudio.gaussians.plan import Plan, Window, plan_views
 from ovs3d_nerfstudio.gaussians.rasterization import harmonics, rasterization
 from ovs3d_nerfstudio.models.lpips import lpips_optional
@@ -155,7 +156,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         shrink = self._get_downscale_factor()
         camera.rescale_output_resolution(1 / shrink)
         pose = self.camera_optimizer.apply_to_camera(camera)
-        width, height = int(camera.width), int(camera.height)
+        lens, size, intrinsics = self._seen_by(camera)
         depth = self.config.output_depth_during_training
         render, alpha, self.info = rasterization(
             self.means,
@@ -164,9 +165,8 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
             self.opacities.sigmoid().squeeze(-1),
             self._coefficients(None),
             view_matrix(pose),
-            camera.get_intrinsics_matrices().to(self.device),
-            width,
-            height,
+            intrinsics,
+            *size,
             packed=False,
             render_mode="RGB+ED" if depth else "RGB",
             sh_degree=self._sh_degree(),
@@ -176,12 +176,22 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         camera.rescale_output_resolution(shrink)
         self.strategy.step_pre_backward(self.gauss_params, self.optimizers, self.strategy_state, self.step, self.info)
         background = self._get_background_color()
+        image, alpha = (part[0] if lens is None else lens.seen_through(part[0]) for part in (render, alpha))
         return {
-            "rgb": (render[0, ..., :3] + (1 - alpha[0]) * background).clamp(0, 1),
-            "depth": render[0, ..., 3:] if depth else None,
-            "accumulation": alpha[0],
+            "rgb": (image[..., :3] + (1 - alpha) * background).clamp(0, 1),
+            "depth": image[..., 3:] if depth else None,
+            "accumulation": alpha,
             "background": background,
         }
+
+    def _seen_by(self, camera: Cameras) -> tuple[Lens | None, tuple[int, int], Float[Tensor, "1 3 3"]]:
+        """The lens of a camera, if it has one; width, height and matrix of the pinhole to rasterise for."""
+        # Where no training photo has a lens, nothing is there to be looked at: a step waits for no device.
+        lens = None if self.training and camera.distortion_params is None else lens_of(camera)
+        if lens is not None:
+            return lens, lens.size, lens.intrinsics().to(self.device)
+        size = int(camera.width), int(camera.height)
+        return None, size, camera.get_intrinsics_matrices().to(self.device)
 
     @torch.no_grad()
     def _view_outputs(self, camera: Cameras, semantics: bool = True) -> dict:
@@ -190,7 +200,8 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         chosen = None
         if self.crop_box is not None:
             chosen = self.crop_box.within(self.means).squeeze(-1).nonzero()[:, 0]
-        plan = self.plan_of(camera, chosen)
+        lens, size, intrinsics = self._seen_by(camera)
+        plan = self._plan(view_matrix(camera.camera_to_worlds), intrinsics, size, chosen=chosen)
         seen = plan.gaussians if chosen is None else chosen[plan.gaussians]
         channels = [self._colors(seen, camera.camera_to_worlds[0, :, 3]), plan.visible(plan.depths[..., None])]
         semantics = semantics and self.segmenter.ready
@@ -198,7 +209,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
             coefficients, logits, _ = self.semantic_field(self.means[seen])
             channels += [coefficients, logits]
         render, alphas = plan.composite_visible(torch.cat(channels, -1))
-        image, alpha = render[0], alphas[0]
+        image, alpha = (part[0] if lens is None else lens.seen_through(part[0]) for part in (render, alphas))
         background = self._get_background_color()
         solid = alpha.clamp(min=LEAST_ALPHA)
         depth = image[..., 3:4] / solid
@@ -225,15 +236,17 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         plans, places = [], []
         # What cameras are is known on the CPU, so that no window has the device waited for.
         poses = view_matrix(cameras.camera_to_worlds).to(self.device, non_blocking=True)
-        intrinsics = cameras.get_intrinsics_matrices().to(self.device, non_blocking=True)
-        sizes = torch.cat([cameras.width, cameras.height], -1).tolist()
+        seen_by = [self._seen_by(cameras[i : i + 1]) for i in range(len(cameras))]
         with torch.set_grad_enabled(not self.config.detach_density):
             for i, pixels in enumerate(windows.pixels.split(windows.side**2)):
-                low, high = pixels[:, 1:].amin(0), pixels[:, 1:].amax(0)
-                top, left, down, right = (int(edge) for edge in (*low, *high))
+                lens, size, intrinsics = seen_by[i]
+                pixels = pixels[:, 1:]
+                if lens is not None:
+                    pixels = lens.places[pixels[:, 0], pixels[:, 1]].flip(-1).long()
+                top, left, down, right = torch.cat([pixels.amin(0), pixels.amax(0)]).tolist()
                 window = (left, top, right - left + 1, down - top + 1)
-                plans.append(self._plan(poses[i : i + 1], intrinsics[i : i + 1], (sizes[i][0], sizes[i][1]), window))
-                places.append((pixels[:, 1] - top) * window[2] + pixels[:, 2] - left)
+                plans.append(self._plan(poses[i : i + 1], intrinsics, size, window))
+                places.append((pixels[:, 0] - top) * window[2] + pixels[:, 1] - left)
         coefficients, logits, saliency = self.semantic_field(
             self.means[torch.cat([plan.gaussians for plan in plans])].detach()
         )

@@ -101,6 +101,18 @@ class Question:
         chances, labels = self.probabilities(directions).max(-1)
         return torch.where(something(directions) & (chances >= self.answering.threshold), labels, -1)
 
+    def winners(
+        self, directions: Float[Tensor, "n K"] | Int16[Tensor, "n K"]
+    ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """The label of each of any number of rays or points, and the probability of the prompt that fits best, on the CPU;
+        `directions` may be `packed`, and lie on any device."""
+        found = in_parts(directions, self._winners)
+        return found[:, 0].long(), found[:, 1]
+
+    def _winners(self, part: Tensor) -> Float[Tensor, "n 2"]:
+        there = unpacked(part.to(self.text.device))
+        return torch.stack([self.labels(there).float(), self.probabilities(there).amax(-1)], -1).cpu()
+
     def relevancy(self, directions: Float[Tensor, "n K"], index: int) -> Float[Tensor, "n 1"]:
         """The relevancy map of one prompt, in [0, 1]; 0 where there is nothing."""
         one = slice(index, index + 1)

@@ -22,6 +22,10 @@ RAYS_AT_ONCE = 1 << 16
 LEAST_RANGE = 1e-3
 """Cosines that differ by less are taken as equal: cells lie in half precision, whose rounding is half of that."""
 
+ALIKE = 0.9
+"""Correlation over a scene from which two prompts are said to be the same to the encoder. On a kitchen table, "mustard
+bottle" and "yellow bottle of mustard" have 0.97, "blue pitcher" and "jug" 0.81, with the offline encoder."""
+
 ClassScores = Literal["auto", "cosine", "relevancy"]
 """What classes are compared by: cosines, relevancies over the scene, or whichever of them the prompts call for."""
 NARROW = 1 / 3
@@ -201,6 +205,13 @@ def told_scores(prompts: Sequence[str], ranges: Float[Tensor, "2 C"]) -> str:
         f"'{prompts[strong]}' by {widths[strong]:.2f}), so classes are compared by relevancies, each prompt with itself "
         "elsewhere. To compare them as they are: --pipeline.model.class-scores cosine."
     )
+
+
+def alike(similarities: Float[Tensor, "n C"]) -> list[tuple[int, int, float]]:
+    """Pairs of prompts that are nearly the same to the encoder, with the correlation of their similarities over a scene."""
+    standard = F.normalize(similarities - similarities.mean(0), dim=0)
+    correlation = standard.T @ standard
+    return [(i, j, float(correlation[i, j])) for i, j in (correlation.triu(1) > ALIKE).nonzero().tolist()]
 
 
 def in_parts(rays: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:

@@ -106,7 +106,7 @@ class Method:
 
     def opened(self) -> Any:
         """The trained run's pipeline, watched."""
-        from ovs3d_nerfstudio.cli.common import open_run
+        from ovs3d_nerfstudio.run_files import open_run
 
         pipeline = open_run(self.config)[1]
         self.watch.state(pipeline)
