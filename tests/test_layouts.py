@@ -4,7 +4,7 @@ steps, evaluated, rendered and exported. Small, and made by hand after each prog
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -30,6 +30,8 @@ from ovs3d_nerfstudio.demo.scene import demo_solids, train_cameras
 
 SIZE, SHOTS = (48, 36), 8
 CAMERAS = [Camera(camera.pose, *SIZE, 40.0) for camera in train_cameras(SHOTS, SIZE[0])]
+TURNED = [Camera(camera.pose, *(SIZE if i % 2 == 0 else SIZE[::-1]), camera.focal) for i, camera in enumerate(CAMERAS)]
+"""The same with every other photo taken upright."""
 OPENCV = np.array([1, -1, -1, 1])
 """From nerfstudio's axes of a camera to OpenCV's, and back."""
 
@@ -97,7 +99,7 @@ def write_realitycapture(scene: Path, work: Path) -> list[str]:
             lens = [camera.focal * 36 / max(SIZE), *[0] * 8]
             table.writerow([f"{name}.jpg", *camera.pose[:3, 3], -yaw, pitch, roll, *lens])
     photos = {name: Path(f"images/{name}.jpg") for name in names}
-    write_photos(scene, names)  # the converter looks at their sizes
+    write_photos(scene, names, CAMERAS)  # the converter looks at their sizes
     realitycapture_utils.realitycapture_to_json(photos, work / "cameras.csv", None, scene)
     return names
 
@@ -105,38 +107,40 @@ def write_realitycapture(scene: Path, work: Path) -> list[str]:
 def write_colmap(scene: Path, work: Path) -> list[str]:
     """COLMAP's model, of photos in folders with names that repeat."""
     names = [f"{folder}/{i}" for folder in ("left", "right") for i in range(SHOTS // 2)]
-    write_model(scene / "colmap" / "sparse" / "0", names, lenses=1)
+    write_model(scene / "colmap" / "sparse" / "0", names, CAMERAS)
     return names
 
 
 def write_phone(scene: Path, work: Path) -> list[str]:
-    """What ns-process-data makes of a phone's photos: COLMAP's model of two lenses, and its points."""
+    """What ns-process-data makes of a phone's photos, some of them upright: COLMAP's model, and its points."""
     names = stems("frame_{:05d}")
-    write_model(work, names, lenses=2)
+    write_model(work, names, TURNED)
     colmap_utils.colmap_to_json(work, scene)
     return names
 
 
-def write_model(folder: Path, names: list[str], lenses: int) -> None:
+def write_model(folder: Path, names: list[str], cameras: list[Camera]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    focal = CAMERAS[0].focal
-    lens = [focal, focal, SIZE[0] / 2, SIZE[1] / 2, 0, 0, 0, 0]
+    sizes = sorted({(camera.width, camera.height) for camera in cameras}, reverse=True)
     images, nothing = {}, (np.zeros((0, 2)), np.zeros(0, int))
-    for i, (name, camera) in enumerate(zip(names, CAMERAS, strict=True), start=1):
+    for i, (name, camera) in enumerate(zip(names, cameras, strict=True), start=1):
         rotation = (camera.pose * OPENCV)[:3, :3].T
         shift = -rotation @ camera.pose[:3, 3]
-        images[i] = colmap.Image(i, colmap.rotmat2qvec(rotation), shift, 1 + i % lenses, f"{name}.jpg", *nothing)
+        kind = 1 + sizes.index((camera.width, camera.height))
+        images[i] = colmap.Image(i, colmap.rotmat2qvec(rotation), shift, kind, f"{name}.jpg", *nothing)
+    focal = cameras[0].focal
+    lens = {size: [focal, focal, size[0] / 2, size[1] / 2, 0, 0, 0, 0] for size in sizes}
+    kinds = {n: colmap.Camera(n, "OPENCV", *size, lens[size]) for n, size in enumerate(sizes, start=1)}
     point = np.array([0.1, 0.2, 0.3])
     points = {1: colmap.Point3D(1, point, np.array([9, 9, 9]), 0.1, np.zeros(0, int), np.zeros(0, int))}
-    kinds = {n: colmap.Camera(n, "OPENCV", *SIZE, lens) for n in range(1, lenses + 1)}
     colmap.write_cameras_binary(kinds, folder / "cameras.bin")
     colmap.write_images_binary(images, folder / "images.bin")
     colmap.write_points3D_binary(points, folder / "points3D.bin")
 
 
-def write_photos(scene: Path, names: list[str]) -> None:
+def write_photos(scene: Path, names: list[str], cameras: list[Camera]) -> None:
     solids = demo_solids()
-    for name, camera in zip(names, CAMERAS, strict=True):
+    for name, camera in zip(names, cameras, strict=True):
         path = scene / "images" / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(solids, camera, 1)).save(path, quality=95)
@@ -163,10 +167,11 @@ class Layout:
     parser: Callable = NerfstudioDataParserConfig
     words: tuple[str, ...] = ()
     """Behind a command of ours."""
+    cameras: list[Camera] = field(default_factory=lambda: CAMERAS)
 
 
 LAYOUTS = {
-    "phone": Layout(write_phone),
+    "phone": Layout(write_phone, cameras=TURNED),
     "polycam": Layout(write_polycam),
     "record3d": Layout(write_record3d),
     "metashape": Layout(write_metashape),
@@ -184,7 +189,7 @@ def test_what_other_programs_write_goes_all_the_way(tmp_path, weights, checkpoin
     layout, scene, work = LAYOUTS[name], tmp_path / "scene", tmp_path / "work"
     scene.mkdir(), work.mkdir()
     names = layout.write(scene, work)
-    write_photos(scene, names), write_masks(scene, names)
+    write_photos(scene, names, layout.cameras), write_masks(scene, names)
 
     encoders = [word for option, spec in checkpoints.items() for word in (f"--{option.replace('_', '-')}", spec)]
     words = ["--data", scene, "--method", "ovs3d-lite", "--scales", 2, 3, "--views", 1, *encoders, *layout.words]
