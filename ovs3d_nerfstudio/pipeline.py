@@ -82,6 +82,8 @@ class OVS3DPipeline(VanillaPipeline):
     ):
         with user_errors():
             check_options(config)
+            if test_mode == "val":
+                check_read(config)
             check_device("--machine.device-type", str(device))
         config.model.num_scales = len(config.datamanager.scales)
         # As if alone: nerfstudio would wrap the model for gradients to be averaged right away, when its parameters do not
@@ -282,4 +284,14 @@ def check_options(config: OVS3DPipelineConfig) -> None:
         raise OptionError(
             f"--pipeline.model.semantic-max-res {model.semantic_max_res} is less than "
             f"--pipeline.model.semantic-base-res {model.semantic_base_res}; give at least that."
+        )
+
+
+def check_read(config: OVS3DPipelineConfig) -> None:
+    """Raises OptionError for an option of nerfstudio's that was given and that nobody reads."""
+    indices = getattr(config.datamanager, "eval_image_indices", (0,))
+    if indices != (0,):
+        raise OptionError(
+            f"--pipeline.datamanager.eval-image-indices {' '.join(map(str, indices or ['None']))} does nothing, as nerfstudio has "
+            "the option and reads it nowhere; leave it out. All held-out photos are evaluated."
         )

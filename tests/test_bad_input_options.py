@@ -26,6 +26,8 @@ OPTIONS = [
     ("datamanager.scales", (2.0, 3.0, 1000.0), "too small for patches of 1/1000"),
     ("datamanager.clip_features", "thick", ["--pipeline.datamanager.clip-features thick", "dense"]),
     ("datamanager.feature_cache_dir", 3, "--pipeline.datamanager.feature-cache-dir 3"),
+    ("datamanager.eval_image_indices", (0, 1), ["--pipeline.datamanager.eval-image-indices 0 1", "leave it out"]),
+    ("datamanager.eval_image_indices", None, ["--pipeline.datamanager.eval-image-indices None", "does nothing"]),
     ("datamanager.num_windows", -1, "--pipeline.datamanager.num-windows -1"),
     ("datamanager.num_windows", 1.5, "num-windows 1.5"),
     ("datamanager.window_size", 0, "--pipeline.datamanager.window-size 0"),

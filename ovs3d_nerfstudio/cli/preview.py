@@ -20,7 +20,7 @@ from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import CachedViews, extract
 from ovs3d_nerfstudio.files import write_json
-from ovs3d_nerfstudio.pictures import read_picture, write_picture
+from ovs3d_nerfstudio.pictures import read_picture, view_names, write_picture
 from ovs3d_nerfstudio.prompts.palette import palette
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
 from ovs3d_nerfstudio.prompts.segmentation import alike, chosen_scores, percentiles, stretched, told_scores
@@ -59,7 +59,7 @@ class Command(SceneOptions):
             raise CommandError(f"{origin} Say what to look for with --prompts.")
         CONSOLE.print(escape(origin))
         chosen = np.unique(np.linspace(0, len(pictures) - 1, min(self.views, len(pictures))).round().astype(int))
-        paths = [pictures[i] for i in chosen]
+        paths, names = [pictures[i] for i in chosen], view_names(pictures)
         encoder = image_text_encoder(config.image_text_encoder, self.device)
         tokens = token_encoder(config.token_encoder, self.device)
         cache = config.datamanager.feature_cache_dir
@@ -81,14 +81,14 @@ class Command(SceneOptions):
         for hint in advice:
             CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
         shown = [
-            PreviewedView(path.name, read_picture(path).numpy(), [scale.numpy() for scale in maps])
+            PreviewedView(names[path], read_picture(path).numpy(), [scale.numpy() for scale in maps])
             for path, maps in zip(paths, similarities, strict=True)
         ]
         sheet = contact_sheet(shown, prompts, palette(len(prompts)), config.datamanager.scales, shares.numpy())
         write_picture(self.output_path.with_suffix(".png"), sheet)
         summary = {
             "encoder": config.image_text_encoder,
-            "views": [path.name for path in paths],
+            "views": [names[path] for path in paths],
             "shares": dict(zip(prompts, map(float, shares), strict=True)),
             "hints": advice,
         }

@@ -10,7 +10,7 @@ from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
 from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
-from ovs3d_nerfstudio.data.scene_checks import readable_scene
+from ovs3d_nerfstudio.data.scene_checks import check_cameras, readable_scene
 from ovs3d_nerfstudio.engine.option_checks import check_scales
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.extraction import ClipFeatures, default_cache_dir
@@ -60,9 +60,11 @@ class SceneOptions:
     def training_pictures(self) -> list[Path]:
         """The training pictures of the scene, in the parser's order.
 
-        Raises SceneError when there is no such scene, or none that the parser can read.
+        Raises SceneError when there is no such scene, or none that the parser can read or that can be trained from.
         """
         parser: DataParserConfig = self.dataparser
         parser.data = self.data
         with readable_scene(parser, self.data):
-            return parser.setup().get_dataparser_outputs("train").image_filenames
+            parsed = parser.setup().get_dataparser_outputs("train")
+        check_cameras(parsed.cameras, str(self.data))
+        return parsed.image_filenames
