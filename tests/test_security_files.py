@@ -17,10 +17,10 @@ from children import checkpoint_folder, run_folder
 from nerfstudio.utils.eval_utils import eval_load_checkpoint
 
 from ovs3d_nerfstudio.cli.labels import LabelFolder
-from ovs3d_nerfstudio.cli.run_config import RunLoader
 from ovs3d_nerfstudio.data.annotations import AnnotationError, Annotations
 from ovs3d_nerfstudio.encoders.base import EncoderError, token_encoder
 from ovs3d_nerfstudio.engine.checkpoints import CheckpointError, checkpoints, read_checkpoint
+from ovs3d_nerfstudio.engine.run_config import RunLoader
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache
 from ovs3d_nerfstudio.features.extraction import default_cache_dir
 from ovs3d_nerfstudio.files import written_beside

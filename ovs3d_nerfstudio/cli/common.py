@@ -11,8 +11,8 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
 
-from ovs3d_nerfstudio.cli.run_config import RunLoader
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints, read_checkpoint
+from ovs3d_nerfstudio.engine.run_config import RunLoader
 from ovs3d_nerfstudio.errors import CommandError, reason
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
 from ovs3d_nerfstudio.prompts.embedding import Embedder
