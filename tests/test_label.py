@@ -55,7 +55,7 @@ def test_a_word_of_label_is_refused(surface, tmp_path, monkeypatch, ovs3d, words
 
 
 def surface_splat(scene: Path, every: int = 3) -> Splat:
-    """Round Gaussians on what the training cameras of the demo scene see, in its colours and the data's coordinates."""
+    """Small round Gaussians on what the training cameras of the demo scene see, in its colours and the data's coordinates."""
     meta, solids = json.loads((scene / "transforms.json").read_text()), demo_solids()
     train = [frame for frame in meta["frames"] if frame["file_path"] in meta["train_filenames"]]
     means, colors, widths = [], [], []
@@ -65,7 +65,7 @@ def surface_splat(scene: Path, every: int = 3) -> Splat:
         there = np.isfinite(depth) & (np.arange(len(depth)) % every == 0)
         means.append((origins + directions * depth).T[there])
         colors.append(np.asarray(Image.open(scene / frame["file_path"]).convert("RGB")).reshape(-1, 3)[there] / 255)
-        widths.append(depth[there] / meta["fl_x"])
+        widths.append(0.2 * depth[there] / meta["fl_x"])
     means, colors, widths = (torch.from_numpy(np.concatenate(part)).float() for part in (means, colors, widths))
     count = len(means)
     quats = torch.nn.functional.normalize(torch.randn(count, 4, generator=torch.Generator().manual_seed(0)), dim=-1)

@@ -16,9 +16,9 @@ from ovs3d_nerfstudio.gaussians.plan import plan_views
 from ovs3d_nerfstudio.gaussians.shown import view_matrix
 from ovs3d_nerfstudio.gaussians.splats import Splat
 
-AZIMUTHS, ELEVATIONS = 24, (-5.0, 15.0, 35.0, 60.0)
+AZIMUTHS, ELEVATIONS = 18, (0.0, 20.0, 45.0)
 """Directions from which cameras look at the middle, in degrees above the horizon."""
-DISTANCES = (0.5, 0.8, 1.2, 1.8, 2.6)
+DISTANCES = (0.6, 1.0, 1.5, 2.4)
 """How far away, in units of the splat's radius."""
 INSIDE = 0.3
 """How far from the middle cameras stand that look outwards."""
