@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,22 @@ def test_the_frame_of_a_splat_is_found(scene, surface, tmp_path):
     with pytest.raises(UserError, match="does not look like the photos") as caught:
         find_way(Splat(*(part[torch.randperm(len(part))] for part in vars(splat).values())), manager)
     assert str(caught.value).count("dB") == 4
+
+
+@pytest.mark.slow
+def test_a_splat_of_another_scene_ends_with_the_figures_and_leaves_nothing(scene, surface, tmp_path, ovs3d):
+    _, splat = read_splat(surface)
+    write_ply(tmp_path / "other.ply", splat_table(replace(splat, means=splat.means.roll(1, 1))))
+    words = ["label", tmp_path / "other.ply", "--data", scene, "--output-dir", tmp_path / "out"]
+    status, printed = ovs3d(*words, "--method", "ovs3d-splat-lite")
+    assert status == 1 and "does not look like the photos" in printed and printed.count("dB") == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_splat_itself_is_not_replaced(surface, tmp_path, ovs3d):
+    shutil.copy(surface, tmp_path / "splat.ply")
+    status, printed = ovs3d("label", tmp_path / "splat.ply", "--prompts", "a", "--output-dir", tmp_path)
+    assert status == 1 and "would replace" in printed
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,10 @@ class Command(SceneOptions):
         check_fields("--", self, {"least_probability": SHARE, "steps": SIZE, "views": Range(2)})
         if not any(self.up) or not np.isfinite(self.up).all():
             raise OptionError(f"--up {self.up} is no direction; give three numbers, such as 0 0 1.")
+        if (self.output_dir / "splat.ply").resolve() == self.splat.resolve():
+            raise CommandError(
+                f"--output-dir {self.output_dir} would replace {self.splat} itself; name another folder."
+            )
         table, splat = read_splat(self.splat)
         if self.data is None:
             prompts = given_prompts(self.prompts, self.prompts_file)
