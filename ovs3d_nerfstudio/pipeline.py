@@ -28,8 +28,10 @@ from ovs3d_nerfstudio.errors import CommandError, reason, user_errors
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
 from ovs3d_nerfstudio.features.basis import Basis, fit_basis
 from ovs3d_nerfstudio.memory import told_what_to_lower
+from ovs3d_nerfstudio.models.brought import begin_from
 from ovs3d_nerfstudio.models.nerf import OVS3DModelConfig
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
+from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts.palette import save_legend
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
@@ -86,6 +88,8 @@ class OVS3DPipeline(VanillaPipeline):
                 check_read(config)
             check_device("--machine.device-type", str(device))
         config.model.num_scales = len(config.datamanager.scales)
+        if _brought(config) is not None:
+            config.datamanager.find_seeds = False  # type: ignore[attr-defined]
         # As if alone: nerfstudio would wrap the model for gradients to be averaged right away, when its parameters do not
         # have their sizes yet, and for CUDA only. See `prepare_features`.
         super().__init__(config, device, test_mode, grad_scaler=grad_scaler)
@@ -117,6 +121,20 @@ class OVS3DPipeline(VanillaPipeline):
             return None
         split = datamanager.eval_dataset.image_filenames
         return Evaluator.of_scene(Path(data), split, [*datamanager.train_dataset.image_filenames, *split])
+
+    def _begin(self, resumed: bool) -> None:
+        """Takes up what is brought along, unless a checkpoint holds it already; prompts where none are given."""
+        source = _brought(self.config)
+        if source is None:
+            return
+        if not resumed:
+            assert isinstance(self.model, OVS3DSplatModel), "no other model has the option"
+            for sentence in begin_from(source, self.model, self.datamanager):
+                CONSOLE.print(escape(sentence))
+        config, known = self.config, self.model.segmenter.trained_prompts
+        if known and not config.prompts and config.prompts_file is None:
+            self.chosen_prompts, config.prompts = list(known), "; ".join(known)
+            CONSOLE.print(escape(f"Prompts of what training begins with: {config.prompts}."))
 
     @property
     def model(self) -> SemanticModel:
@@ -215,6 +233,8 @@ class OVS3DPipeline(VanillaPipeline):
     ) -> list[TrainingCallback]:
         trainer = training_callback_attributes.trainer
         self.optimizers = training_callback_attributes.optimizers
+        with user_errors():
+            self._begin(resumed=trainer is not None and trainer._start_step > 0)
         if trainer is not None:
             self.run_folder = trainer.base_dir
             if ranks.rank() == 0:
@@ -269,6 +289,11 @@ class OVS3DPipeline(VanillaPipeline):
         metrics = evaluator.flat_summary()
         evaluator.records.clear()
         return metrics
+
+
+def _brought(config: OVS3DPipelineConfig) -> Path | None:
+    """What training begins with, if something is brought along."""
+    return getattr(config.model, "init_from", None)
 
 
 def check_options(config: OVS3DPipelineConfig) -> None:

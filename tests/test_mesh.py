@@ -19,7 +19,7 @@ from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, train_cameras
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.models.splat import view_matrix
+from ovs3d_nerfstudio.gaussians.shown import view_matrix
 
 VIEWS, VOXEL = 10, 0.03
 

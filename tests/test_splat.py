@@ -22,8 +22,8 @@ from ovs3d_nerfstudio.demo.scene import demo_solids, train_cameras
 from ovs3d_nerfstudio.engine.checkpoints import read_checkpoint
 from ovs3d_nerfstudio.evaluation.splits import evaluate_split
 from ovs3d_nerfstudio.gaussians.rasterization import rasterization
-from ovs3d_nerfstudio.models.splat import view_matrix
-from ovs3d_nerfstudio.objects.splat_table import splat_table
+from ovs3d_nerfstudio.gaussians.shown import view_matrix
+from ovs3d_nerfstudio.gaussians.splat_files import splat_table
 from ovs3d_nerfstudio.run import load_run
 from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
@@ -121,11 +121,11 @@ def test_it_answers_from_python_as_its_pictures_show(run, pointed):
 def test_its_catalogue_is_whole_and_its_gaussians_are_those_of_ns_export(run, tmp_path, ovs3d):
     status, printed = ovs3d("objects", "--load-config", run, "--output-dir", tmp_path)
     assert status == 0 and "Gaussians" in printed
-    the_catalogue_is_whole(tmp_path, "Gaussians", "model")
+    the_catalogue_is_whole(tmp_path, "Gaussians", "data")
     ExportGaussianSplat(run, tmp_path).main()
     theirs = PlyData.read(tmp_path / "splat.ply")["vertex"].data
     model = load_run(run).pipeline.model
-    ours = splat_table(model)
+    ours = splat_table(model.splat)
     ours = ours[ours["opacity"] >= np.float32(-5.5373)]  # nerfstudio drops what is hardly there
     assert set(ours.dtype.names) == set(theirs.dtype.names) and len(ours) == len(theirs)
     for name in theirs.dtype.names:

@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "demo": "Make the demo scene, train on it, evaluate: what `make demo` runs.",
     "extract": "Extract the features of a scene into its cache, without training.",
     "preview": "Show what the prompts are relevant to, before any training, and how to better them.",
+    "label": "Label the Gaussians of a splat that exists, by photos of the same scene and prompts.",
     "eval": "Compare a run with the scene's masks: metrics as JSON, pictures, and a report.",
     "render": "Render a run with prompts of the moment: pictures, videos, label images and masks.",
     "objects": "List the objects of a run: a box, a file and a picture of each, and the scene without it.",

@@ -16,9 +16,10 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 from torch import Tensor
 
+from ovs3d_nerfstudio.gaussians.shown import view_matrix
 from ovs3d_nerfstudio.memory import filled_in_chunks
 from ovs3d_nerfstudio.models.nerf import OVS3DModel
-from ovs3d_nerfstudio.models.splat import OVS3DSplatModel, view_matrix
+from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
 NERF_SIDE, SPLAT_SIDE = 240, 640

@@ -24,12 +24,15 @@ from ovs3d_nerfstudio.cli.labels import ids
 from ovs3d_nerfstudio.cli.meshing import Mesh, fused, seen_box, typical_depth, usual_voxel
 from ovs3d_nerfstudio.cli.solids import body, surfaces
 from ovs3d_nerfstudio.data.frames import Frame
+from ovs3d_nerfstudio.data.ways import back, way_of
 from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SHARE, SIZE, check_fields
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.files import mask_stem, write_json
+from ovs3d_nerfstudio.gaussians.splat_files import read_splat, splat_table
+from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.objects.points import find_objects
 from ovs3d_nerfstudio.objects.samples import sample_cloud
-from ovs3d_nerfstudio.ply import positions_of, read_vertices, vertex_table, with_labels, write_ply
+from ovs3d_nerfstudio.ply import vertex_table, with_labels, write_ply
 from ovs3d_nerfstudio.prompts.palette import colorize, save_legend
 from ovs3d_nerfstudio.run import Run, load_run
 
@@ -247,29 +250,42 @@ def _table(listed: list[dict[str, Any]]) -> Table:
 
 @dataclass
 class ExportSplat(_Export):
-    """Label the Gaussians that ns-export gaussian-splat made of a splatfacto run on the same data. Coordinates stay as they
-    are, for shapes and colours of Gaussians turn with them. Leaves splat.ply (the same with class_id and probability) and, for
-    each class, the object alone and the scene without it."""
+    """Label Gaussians: those of the run itself, where it is one of Gaussians, in the data's frame; or those of a PLY, by the run's
+    semantic field at their centres. A PLY's coordinates stay as they are, for shapes and colours of Gaussians turn with them; they
+    are taken to be those that nerfstudio trains in, as ns-export gaussian-splat writes them. Leaves splat.ply (all columns, class_id
+    and probability) and, for each class, the object alone and the scene without it."""
 
-    splat: Path = Path("splat.ply")
-    """The PLY of ns-export gaussian-splat."""
+    splat: Path | None = None
+    """The PLY of a splat; default: the Gaussians of the run."""
     splat_config: Path | None = None
-    """The splatfacto run's config.yml, where its frame is not this run's: another dataparser, or other options of it."""
+    """The config.yml of the run that the PLY was made of, where its frame is not this run's: another dataparser, or other options
+    of it."""
     least_probability: float = 0.0
     """Gaussians whose class is less probable than this become 0, none."""
 
     def main(self) -> None:
-        """Raises CommandError, OptionError and the errors of prompts and encoders."""
+        """Raises CommandError, SplatError, OptionError and the errors of prompts and encoders."""
         check_fields("--", self, {"least_probability": SHARE})
-        table = read_vertices(self.splat)
-        positions = positions_of(table, self.splat)
+        given = read_splat(self.splat) if self.splat is not None else None
         theirs = Frame.of_run_outputs(self.splat_config.parent) if self.splat_config is not None else None
         run = self.opened()
-        if theirs is not None:
-            ours = Frame.of_outputs(run.pipeline.datamanager.train_dataparser_outputs)
-            positions = ours.to_model(theirs.to_data(positions))
-        labels, probability = run.winners_at(positions, frame="model")
-        class_id = np.where(probability >= self.least_probability, labels + 1, 0)
+        model = run.pipeline.model
+        if given is not None:
+            table, positions = given[0], given[1].means.numpy().astype(np.float64)
+            if theirs is not None:
+                ours = Frame.of_outputs(run.pipeline.datamanager.train_dataparser_outputs)
+                positions = ours.to_model(theirs.to_data(positions))
+            labels, probability = run.winners_at(positions, frame="model")
+            class_id = labels + 1
+        elif isinstance(model, OVS3DSplatModel):
+            table = splat_table(model.splat.to("cpu").moved(back(way_of(run.frame))))
+            labelled = run.samples().labelled(run.question())
+            class_id, probability = labelled.class_id, labelled.probability
+        else:
+            raise CommandError(
+                f"{self.load_config} is a NeRF, which has no Gaussians; name the PLY of a splat with --splat."
+            )
+        class_id = np.where(probability >= self.least_probability, class_id, 0)
         write_ply(self.output_dir / "splat.ply", with_labels(table, class_id, probability))
         self.said(self.output_dir / "splat.ply", f"{len(table)} Gaussians")
         for label, prompt in enumerate(run.prompts, start=1):

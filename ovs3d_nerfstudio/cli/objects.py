@@ -60,13 +60,18 @@ class Command:
             merge=self.merge,
             removed=self.scenes_without,
         )
-        kind, found = "Gaussians" if run.is_splat else "points", catalogue.found
-        CONSOLE.print(table(catalogue, self.frame, kind))
-        if found.left_out:
-            CONSOLE.print(f"Left out: {found.left_out} {kind}, in {found.crumbs} crumbs or alone.")
-        for sentence in alike_sentences(found, self.merge):
-            CONSOLE.print(f"[yellow]{escape(sentence)}")
-        CONSOLE.print(f"Objects: {escape(str(catalogue.path))}")
+        show_catalogue(catalogue, self.frame, "Gaussians" if run.is_splat else "points", self.merge)
+
+
+def show_catalogue(catalogue: Catalogue, frame: str, kind: str, merged: bool = False) -> None:
+    """The objects on the screen; what was left out, prompts that share their objects, and where all of it lies."""
+    found = catalogue.found
+    CONSOLE.print(table(catalogue, frame, kind))
+    if found.left_out:
+        CONSOLE.print(f"Left out: {found.left_out} {kind}, in {found.crumbs} crumbs or alone.")
+    for sentence in alike_sentences(found, merged):
+        CONSOLE.print(f"[yellow]{escape(sentence)}")
+    CONSOLE.print(f"Objects: {escape(str(catalogue.path))}")
 
 
 def table(catalogue: Catalogue, frame: str, kind: str) -> Table:
