@@ -155,14 +155,18 @@ def test_a_splat_is_labelled_and_otherwise_stays(labelled, surface):
     assert ((after["probability"] > 0) & (after["probability"] <= 1)).all()
     assert "the data's coordinates" in printed and "Learning what is where" in printed and "cached" in printed
     assert {path.name for path in out.iterdir()} == {
-        *("splat.ply", "classes.json", "legend.png", "view_1.jpg", "view_2.jpg", "run")
+        *("splat.ply", "classes.json", "legend.png", "view_1.jpg", "view_2.jpg", "run", "objects.json", "objects")
     }
+    things = json.loads((out / "objects.json").read_text())["objects"]
+    assert things and {thing["prompt"] for thing in things} <= set(classes[key]["prompt"] for key in classes if key != "0")
+    alone = PlyData.read(str(out / things[0]["file"]))["vertex"].data
+    assert alone.dtype.names == after.dtype.names and (alone["class_id"] == things[0]["class_id"]).all()
     assert Image.open(out / "view_1.jpg").size == (192, 72)
 
 
 @pytest.mark.slow
 def test_its_run_opens_without_the_splat_and_gives_it_back(labelled, surface, scene, tmp_path, ovs3d):
-    from ovs3d_nerfstudio.cli.common import open_run
+    from ovs3d_nerfstudio.run_files import open_run
 
     moved = Path(shutil.copytree(labelled[0] / "run", tmp_path / "run"))
     text = (moved / "config.yml").read_text()
@@ -188,7 +192,7 @@ def test_its_run_opens_without_the_splat_and_gives_it_back(labelled, surface, sc
 @pytest.mark.slow
 @pytest.mark.parametrize("geometry", ["nerf", "splat"])
 def test_a_run_of_either_geometry_goes_on_as_a_splat(trained, labelled, scene, geometry):
-    from ovs3d_nerfstudio.cli.common import open_run
+    from ovs3d_nerfstudio.run_files import open_run
 
     source = trained[0] if geometry == "nerf" else labelled[0] / "run"
     begun = train_steps(config_of(scene, init_from=source, semantics_start=2, fda_start=3), 4)

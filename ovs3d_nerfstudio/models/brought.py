@@ -21,6 +21,7 @@ from ovs3d_nerfstudio.data.ways import STAY, Way, back, composed, possible_ways,
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints, read_checkpoint
 from ovs3d_nerfstudio.engine.run_config import RunLoader
 from ovs3d_nerfstudio.errors import UserError, reason
+from ovs3d_nerfstudio.gaussians.lenses import lens_of
 from ovs3d_nerfstudio.gaussians.shown import picture_of
 from ovs3d_nerfstudio.gaussians.splat_files import read_splat
 from ovs3d_nerfstudio.gaussians.splats import Splat
@@ -101,9 +102,14 @@ def _small(photo: Float[Tensor, "H W c"]) -> Float[Tensor, "h w 3"]:
 def _shown(splat: Splat, camera: Cameras, photo: Float[Tensor, "h w 3"]) -> Float[Tensor, "h w 3"]:
     """A splat in the frame of one camera as a photo of its that may be smaller, before the photo's mean colour."""
     height, width = photo.shape[:2]
-    across = photo.new_tensor([width / int(camera.width), height / int(camera.height), 1])
-    intrinsics = camera.get_intrinsics_matrices()[0].cpu() * across[:, None]
-    return picture_of(splat, camera.camera_to_worlds[0].cpu(), intrinsics, width, height, photo.mean((0, 1)))
+    across, down = width / int(camera.width), height / int(camera.height)
+    focal, principal = (camera.fx * across, camera.fy * down), (camera.cx * across, camera.cy * down)
+    like = (camera.distortion_params, camera.camera_type)
+    small = Cameras(camera.camera_to_worlds, *focal, *principal, width, height, *like).to("cpu")
+    pose, mean, lens = small.camera_to_worlds[0], photo.mean((0, 1)), lens_of(small[0:1])
+    if lens is None:
+        return picture_of(splat, pose, small.get_intrinsics_matrices()[0], width, height, mean)
+    return lens.seen_through(picture_of(splat, pose, lens.intrinsics()[0], *lens.size, mean))
 
 
 def decibels(photos: Sequence[Tensor], pictures: Sequence[Tensor]) -> float:
