@@ -8,7 +8,7 @@ import ovs3d_nerfstudio
 ROOT = Path(ovs3d_nerfstudio.__file__).parent
 NAME = ROOT.name
 FLOORS = (
-    ("cli",),
+    ("cli", "objects"),
     ("demo",),
     ("configs",),
     ("evaluation.splits",),
@@ -22,7 +22,7 @@ FLOORS = (
     ("prompts",),
     ("engine",),
     ("encoders",),
-    ("fields", "gaussians"),
+    ("fields", "gaussians", "objects.points"),
     ("memory", "compiled", "pictures", "precision", "files"),
     ("errors",),
     ("",),

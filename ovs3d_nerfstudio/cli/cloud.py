@@ -14,10 +14,11 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import Progress
 from torch import Tensor
 
-from ovs3d_nerfstudio.cli.points import LabelledPoints, classify
+from ovs3d_nerfstudio.cli.points import classify
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.models.nerf import OVS3DModel
 from ovs3d_nerfstudio.models.semantics import SemanticModel
+from ovs3d_nerfstudio.objects.points import LabelledPoints
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
 MOST_TRIES = 20
@@ -97,9 +98,9 @@ def _labels_in_outputs(model: SemanticModel) -> Iterator[None]:
     """Adds `label` and `probability` of each pixel to the model's outputs, which are for the eye otherwise."""
     shown = model.shown
 
-    def with_labels(semantics, rgb):
+    def with_labels(semantics, *picture):
         label, probability = classify(model, semantics.coefficients)
-        return shown(semantics, rgb) | {"label": label, "probability": probability}
+        return shown(semantics, *picture) | {"label": label, "probability": probability}
 
     with mock.patch.object(model, "shown", with_labels):
         yield

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
+from jaxtyping import Bool
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
@@ -17,6 +20,21 @@ from ovs3d_nerfstudio.errors import CommandError, reason
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
 from ovs3d_nerfstudio.prompts.embedding import Embedder
 from ovs3d_nerfstudio.prompts.prompts import given_prompts
+from ovs3d_nerfstudio.prompts.shown import choose_shown
+
+
+@dataclass
+class ShownOptions:
+    """What of the classes a command shows or writes."""
+
+    only: str = ""
+    """Prompts, separated by semicolons, that alone are there; all else, and what belongs to no prompt, is left out."""
+    without: str = ""
+    """Prompts, separated by semicolons, that are left out; what stood behind them is seen."""
+
+    def flags(self, prompts: Sequence[str]) -> Bool[np.ndarray, " flags"]:
+        """Whether each prompt stays, and last, where label −1 finds it, what belongs to none. Raises PromptError."""
+        return np.array(choose_shown(self.only, self.without, prompts).flags(prompts))
 
 
 def open_run(

@@ -14,7 +14,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
 from ovs3d_nerfstudio.cli.cloud import sample_cloud
-from ovs3d_nerfstudio.cli.common import ask, open_run
+from ovs3d_nerfstudio.cli.common import ShownOptions, ask, open_run
 from ovs3d_nerfstudio.cli.labels import ids
 from ovs3d_nerfstudio.cli.ply import positions_of, read_vertices, vertex_table, with_labels, write_ply
 from ovs3d_nerfstudio.cli.points import label_positions, objects
@@ -27,7 +27,7 @@ from ovs3d_nerfstudio.prompts.palette import colorize, save_legend
 
 
 @dataclass
-class _Export:
+class _Export(ShownOptions):
     """What all exports ask."""
 
     load_config: Path
@@ -46,6 +46,7 @@ class _Export:
         _, pipeline, _, _ = open_run(self.load_config, data=self.data)
         ask(pipeline, self.prompts, self.prompts_file)
         segmenter = pipeline.model.segmenter
+        self.stays = self.flags(segmenter.prompts)
         write_json(self.output_dir / "classes.json", ids(segmenter.prompts, segmenter.colors.cpu().numpy()))
         save_legend(self.output_dir / "legend.png", segmenter.prompts, segmenter.colors.cpu())
         return pipeline
@@ -90,6 +91,9 @@ class ExportPointCloud(_Export):
         check_fields("--", self, {**positive, "smallest_object": SHARE, "farthest": COUNT, "std_ratio": COUNT})
         pipeline = self.opened()
         cloud = sample_cloud(pipeline, self.num_points, self.num_rays_per_batch, self.std_ratio)
+        cloud = cloud[self.stays[cloud.class_id - 1]]
+        if not len(cloud.positions):
+            raise CommandError("No point belongs to what --only and --without leave; show more, or sample more points.")
         diagonal = camera_diagonal(pipeline)
         if self.farthest > 0:
             near = cloud.distance <= self.farthest * diagonal
@@ -149,6 +153,14 @@ class ExportMesh(_Export):
             raise CommandError(f"{self.mesh} cannot be read as a mesh with triangles; export it again.")
         pipeline = self.opened()
         labels, probability = label_positions(pipeline.model, positions)
+        if not self.stays.all():
+            used, faces = np.unique(faces[self.stays[labels][faces].all(-1)], return_inverse=True)
+            positions, labels, probability, faces = (
+                positions[used],
+                labels[used],
+                probability[used],
+                faces.reshape(-1, 3),
+            )
         colors = colorize(labels, pipeline.model.segmenter.colors.cpu().numpy())
         if self.frame == "data":
             frame = frame_of(pipeline.datamanager)
@@ -183,6 +195,8 @@ class ExportSplat(_Export):
             positions = frame_of(pipeline.datamanager).to_model(theirs.to_data(positions))
         labels, probability = label_positions(pipeline.model, positions)
         class_id = np.where(probability >= self.least_probability, labels + 1, 0)
+        stays = self.stays[class_id - 1]
+        table, class_id, probability = table[stays], class_id[stays], probability[stays]
         write_ply(self.output_dir / "splat.ply", with_labels(table, class_id, probability))
         self.said(self.output_dir / "splat.ply", f"{len(table)} Gaussians")
         for label, prompt in enumerate(pipeline.model.segmenter.prompts, start=1):

@@ -20,11 +20,13 @@ from nerfstudio.scripts import render
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
-from ovs3d_nerfstudio.cli.common import ask, open_run
+from ovs3d_nerfstudio.cli.common import ShownOptions, ask, open_run
 from ovs3d_nerfstudio.cli.labels import LabelFolder
 from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, Range, check_fields
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+from ovs3d_nerfstudio.prompts.answers import Answering, Question
+from ovs3d_nerfstudio.prompts.shown import choose_shown
 
 RANGES = {
     "downscale_factor": POSITIVE,
@@ -38,7 +40,7 @@ RANGES = {
 
 
 @dataclass
-class _Asking:
+class _Asking(ShownOptions):
     """What is added to each of nerfstudio's render classes, which stands behind it in the order of bases."""
 
     rendered_output_names: list[str] = field(default_factory=lambda: ["rgb", "segmentation", "segmentation_overlay"])
@@ -77,9 +79,22 @@ class _Asking:
                 "training views with --split train or --pose-source train, or a camera path."
             )
         prompts = ask(pipeline, self.prompts, self.prompts_file)
+        self._hide(pipeline, prompts)
         if self.labels:
             self._record(pipeline, prompts)
         return config, pipeline, checkpoint, step
+
+    def _hide(self, pipeline: OVS3DPipeline, prompts: list[str]) -> None:
+        """Has the run rendered as if there were only what is to be shown."""
+        model, shown = pipeline.model, choose_shown(self.only, self.without, prompts)
+        question = Question(model.segmenter, Answering(opacity=model.config.overlay_opacity), shown=shown)
+        render_camera = model.get_outputs_for_camera
+
+        def hiding(*arguments: Any, **options: Any) -> dict:
+            with model.hiding(question):
+                return render_camera(*arguments, **options)
+
+        model.get_outputs_for_camera = hiding  # type: ignore[method-assign]
 
     def _record(self, pipeline: OVS3DPipeline, prompts: list[str]) -> None:
         model, views, written = pipeline.model, self.folders(pipeline), {}

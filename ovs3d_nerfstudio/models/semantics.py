@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -225,14 +225,37 @@ class SemanticModel(Model):
         finally:
             self._call.features = False
 
-    def shown(self, semantics: Semantics, rgb: Float[Tensor, "*R 3"]) -> dict[str, Tensor]:
+    @contextmanager
+    def hiding(self, question: Question | None) -> Iterator[None]:
+        """This thread's renders leave out what `question` does not show, as if it were not there, and answer it."""
+        try:
+            self._call.question = question
+            yield
+        finally:
+            self._call.question = None
+
+    @property
+    def hider(self) -> Question | None:
+        """The question that has something hidden in this thread's renders."""
+        question = getattr(self._call, "question", None)
+        return question if question is not None and question.kept is not None and not self.training else None
+
+    def state_of_weights(self) -> Hashable:
+        """Equal as long as no weight has changed."""
+        # torch counts the writes into a parameter, though not those of fused optimizers, which `batches` tells of.
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        return weights, self.batches, self.segmenter.ready
+
+    def shown(
+        self, semantics: Semantics, rgb: Float[Tensor, "*R 3"], opacity: Float[Tensor, "*R 1"]
+    ) -> dict[str, Tensor]:
         """The outputs that are made of rendered semantics: pictures that a person looks at (see `Answers`); or, where features
         are wanted, `directions` (normalised coefficients, R×K) and `scales` (R×S), which stay whatever the prompts are."""
         directions = F.normalize(semantics.coefficients, dim=-1)
         if getattr(self._call, "features", False):
             return {"directions": directions, "scales": semantics.scales}
-        question = Question(self.segmenter, Answering(opacity=self.config.overlay_opacity))
-        return dict(Answers(question, directions, semantics.scales, rgb))
+        question = self.hider or Question(self.segmenter, Answering(opacity=self.config.overlay_opacity))
+        return dict(Answers(question, directions, semantics.scales, rgb, opacity))
 
     # From a geometry to semantics.
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Int16
+from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
 from ovs3d_nerfstudio.prompts.palette import colorize
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter, in_parts, spread_of, stretched
+from ovs3d_nerfstudio.prompts.shown import EVERYTHING, Shown
 
+SOLID = 0.5
+"""Opacity from which on a ray hits something."""
 STEPS = 32767
 """Steps from 0 to 1 of a packed direction's coefficients."""
 
@@ -46,15 +49,16 @@ class Answering:
     """Whether a relevancy map is the similarity stretched by its range over the scene, or the prompt's probability."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Question:
-    """Prompts and how they are answered."""
+    """Prompts, how they are answered, and which of them are shown."""
 
     segmenter: Segmenter
     """Knows the prompts. Where others may ask it something else meanwhile, a copy."""
     answering: Answering = Answering()
     negatives: Float[Tensor, "N D"] | None = None
     """Embeddings of what everything else is called, needed in mode `threshold`."""
+    shown: Shown = EVERYTHING
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -68,6 +72,24 @@ class Question:
     @cached_property
     def others(self) -> Float[Tensor, "K N"]:
         return self.text[:, :0] if self.negatives is None else self.segmenter.project(self.negatives)
+
+    @cached_property
+    def kept(self) -> Bool[Tensor, " flags"] | None:
+        """Whether what belongs to each prompt is shown, and last to none; None where everything is."""
+        flags = self.shown.flags(self.segmenter.prompts)
+        return None if all(flags) else torch.tensor(flags, device=self.text.device)
+
+    @cached_property
+    def hiding(self) -> Hashable:
+        """Equal for questions that hide the same of a scene; None for those that hide nothing."""
+        if self.kept is None:
+            return None
+        texts, answering = [self.text], self.answering
+        how: tuple = (answering.mode,)
+        if answering.mode == "threshold":
+            texts, how = [self.text, self.others], (answering.mode, answering.threshold, answering.temperature)
+        flags = tuple(self.shown.flags(self.segmenter.prompts))
+        return flags, how, tuple(text.numpy(force=True).tobytes() for text in texts)
 
     @cached_property
     def temperature(self) -> float:
@@ -86,15 +108,28 @@ class Question:
         negative that fits best, p_c = σ((z_c − max_n z_n) / τ), which is LERF's relevancy score (its eq. 1)."""
         if self.answering.mode == "argmax":
             return (self.scores(directions) / self.temperature).softmax(-1)
-        best = (directions @ self.others).amax(-1, keepdim=True)
-        return ((directions @ self.text - best) / self.temperature).sigmoid()
+        similarities = directions @ self.text
+        ahead = similarities - (directions @ self.others).amax(-1, keepdim=True)
+        if self.segmenter.wordless:
+            ahead = torch.where(self.segmenter.like, self.segmenter.likeness(similarities), ahead)
+        return (ahead / self.temperature).sigmoid()
 
-    def labels(self, directions: Float[Tensor, "n K"]) -> Int[Tensor, " n"]:
-        """The prompt each ray belongs to, −1 for none."""
-        if self.answering.mode == "argmax":
-            return self.scores(directions).argmax(-1)
-        chances, labels = self.probabilities(directions).max(-1)
-        return torch.where(chances >= self.answering.threshold, labels, -1)
+    def labels(
+        self, directions: Float[Tensor, "n K"], among: Bool[Tensor, " flags"] | None = None
+    ) -> Int[Tensor, " n"]:
+        """The prompt each ray belongs to, −1 for none; only those of `among`, where it is given."""
+        argmax = self.answering.mode == "argmax"
+        scores = self.scores(directions) if argmax else self.probabilities(directions)
+        if among is not None:
+            scores = scores.masked_fill(~among[:-1], -torch.inf)
+        best, labels = scores.max(-1)
+        return labels if argmax else torch.where(best >= self.answering.threshold, labels, -1)
+
+    def keeps(self, directions: Float[Tensor, "n K"]) -> Bool[Tensor, " n"]:
+        """Whether what is at some points is shown."""
+        if self.kept is None:
+            return torch.ones(len(directions), dtype=torch.bool, device=directions.device)
+        return self.kept[self.labels(directions)]  # −1, none, finds the last
 
     def relevancy(self, directions: Float[Tensor, "n K"], index: int) -> Float[Tensor, "n 1"]:
         """The relevancy map of one prompt, in [0, 1]."""
@@ -117,15 +152,20 @@ class Answers(Mapping[str, Tensor]):
         directions: Float[Tensor, "*R K"] | Int16[Tensor, "*R K"],
         scales: Float[Tensor, "*R S"],
         rgb: Float[Tensor, "*R 3"],
+        opacity: Float[Tensor, "*R 1"] | None = None,
     ):
-        """`directions` are the rays' coefficients, normalised; `packed` where many are kept."""
+        """`directions` are the rays' coefficients, normalised; `packed` where many are kept. Where something is hidden, rays
+        of less `opacity` than `SOLID` have nothing to show but their colour."""
         self.question, self.scales, self.rgb = question, scales, rgb
         self._directions = directions
+        self._there = None if opacity is None or question.kept is None else opacity >= SOLID
 
     @cached_property
     def labels(self) -> Int[Tensor, "*R"]:
         """The prompt each ray belongs to, −1 for none."""
-        return self._each(self.question.labels).view(self.rgb.shape[:-1])
+        question = self.question
+        labels = self._each(lambda directions: question.labels(directions, question.kept)).view(self.rgb.shape[:-1])
+        return labels if self._there is None else torch.where(self._there[..., 0], labels, -1)
 
     def __iter__(self) -> Iterator[str]:
         if self.question.names:
@@ -136,6 +176,10 @@ class Answers(Mapping[str, Tensor]):
         return len(list(iter(self)))
 
     def __getitem__(self, name: str) -> Tensor:
+        picture = self._picture(name)
+        return picture if self._there is None or name == "segmentation_overlay" else picture * self._there
+
+    def _picture(self, name: str) -> Tensor:
         question = self.question
         if name == "features_pca":
             return self._each(question.segmenter.pca_colors).view(*self.rgb.shape[:-1], 3)
