@@ -121,7 +121,8 @@ class Segmenter(nn.Module):
             torch.tensor([prompt_key(prompt) not in trained for prompt in self.prompts], device=low.device) & ~self.like
         )
         self.range = torch.stack([low, torch.where(new, torch.maximum(high, low + self._usual), high)])
-        self.halfway = halfway(self.sample @ self.project(self.text))
+        if self.wordless:
+            self.halfway = halfway(self.sample @ self.project(self.text))
         self.colors = torch.from_numpy(colors_for(self.prompts, self.trained_prompts)).to(self.basis)
 
     @property

@@ -96,7 +96,7 @@ class PromptPanel(ViewerControl):
                 (NO_PROMPT,),
                 hint="What to show alone or to hide; a click into the picture chooses what is there.",
             )
-            self._buttons(**{"Show all": self._show_all, "Only this": self._show_only, "Hide it": self._hide})
+            self._buttons(All=self._show_all, Only=self._show_only, Hide=self._hide)
             self._mode = gui.add_dropdown(
                 "Classes",
                 tuple(MODES),
@@ -198,6 +198,7 @@ class PromptPanel(ViewerControl):
             if self._found is None:
                 raise PromptError("Click into the picture first, on what more is to be found of.")
             name = self.live.like(self._found.feature)
+            self._list(self.live.asked, name)
             try:
                 write_likes(self._likes_file, list(self.live.likes.values()))
             except OSError as error:
@@ -314,15 +315,15 @@ class PromptPanel(ViewerControl):
         if content != self._legend.content:
             self._legend.content = content
 
-    def _list(self, prompts: Sequence[str]) -> None:
-        """Has the prompts to choose from; the chosen one stays as long as it is there."""
+    def _list(self, prompts: Sequence[str], choice: str = "") -> None:
+        """Has the prompts to choose from; the chosen one stays as long as it is there, unless there is another `choice`."""
         with self._outputs_lock:
             options = tuple(map(str, prompts)) or (NO_PROMPT,)
+            chosen = str(choice) or self._prompt.value
             if self._prompt.options != options:
-                chosen = self._prompt.value
                 self._prompt.options = options  # type: ignore[assignment]
-                if chosen in options:
-                    self._prompt.value = chosen
+            if chosen in options and chosen != self._prompt.value:
+                self._prompt.value = chosen
 
     def _clicked(self, click: ViewerClick) -> None:
         try:
@@ -332,8 +333,8 @@ class PromptPanel(ViewerControl):
                 return
             position = self._frame.to_data(np.array([point.position]))[0].tolist()
             self._point.content = described(point, position)
-            if point.winner >= 0 and point.prompts[point.winner] in self._prompt.options:
-                self._prompt.value = str(point.prompts[point.winner])
+            if point.winner >= 0:
+                self._list(self.live.asked, point.prompts[point.winner])
             # Said second: for a NeRF, objects are looked for among pictures, which take their time.
             thing = self._things.at(point)
             if self._found is point and thing is not None:
