@@ -15,11 +15,12 @@ from nerfstudio.scripts.exporter import ExportGaussianSplat
 from plyfile import PlyData
 
 from ovs3d_nerfstudio.cli.ply import vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.cli.points import LabelledPoints, connected, objects
+from ovs3d_nerfstudio.cli.points import objects
 from ovs3d_nerfstudio.data.frames import Frame, FrameError
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, train_cameras
 from ovs3d_nerfstudio.models.lpips import lpips_optional
+from ovs3d_nerfstudio.objects.points import LabelledPoints, connected
 
 
 def demo_cloud() -> tuple[LabelledPoints, list[str]]:

@@ -23,7 +23,7 @@ from ovs3d_nerfstudio.prompts.prompts import given_prompts
 from ovs3d_nerfstudio.prompts.shown import choose_shown
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ShownOptions:
     """What of the classes a command shows or writes."""
 
