@@ -387,7 +387,7 @@ def described(point: Point, position: Sequence[float], thing: Thing | None = Non
         size = " × ".join(f"{side:.2f}" for side in thing.size)
         centre = ", ".join(f"{value:.2f}" for value in thing.object.centroid)
         lines.append(_jsx(f"object {thing.number} of {thing.count}: {size}, around ({centre})"))
-    return "\n\n".join([*lines, _table(rows)])
+    return "".join(f"<div>{line}</div>" for line in lines) + _table(rows)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
