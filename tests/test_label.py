@@ -158,7 +158,9 @@ def test_a_splat_is_labelled_and_otherwise_stays(labelled, surface):
         *("splat.ply", "classes.json", "legend.png", "view_1.jpg", "view_2.jpg", "run", "objects.json", "objects")
     }
     things = json.loads((out / "objects.json").read_text())["objects"]
-    assert things and {thing["prompt"] for thing in things} <= set(classes[key]["prompt"] for key in classes if key != "0")
+    assert things and {thing["prompt"] for thing in things} <= set(
+        classes[key]["prompt"] for key in classes if key != "0"
+    )
     alone = PlyData.read(str(out / things[0]["file"]))["vertex"].data
     assert alone.dtype.names == after.dtype.names and (alone["class_id"] == things[0]["class_id"]).all()
     assert Image.open(out / "view_1.jpg").size == (192, 72)

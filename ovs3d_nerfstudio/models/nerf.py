@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.model_components import renderers
 from nerfstudio.model_components.scene_colliders import NearFarCollider
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 from torch import Tensor
@@ -24,6 +27,10 @@ from ovs3d_nerfstudio.models.lpips import lpips_optional
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
 from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts.answers import packed
+from ovs3d_nerfstudio.prompts.segmentation import in_parts
+
+LEAST_DENSITY = 0.1
+"""What is thinner, in the model's units, is air that a picture does not show: it is not asked whether it is hidden."""
 
 MISSED = 1e9
 """Where nothing of a scene is, and rays begin that miss a crop box."""
@@ -75,6 +82,15 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             for module in self.modules():
                 if isinstance(module, FastHashEncoding):
                     module.position_gradients = needed
+        # What is hidden has no density, for the proposals neither: samples then lie on what is behind.
+        self.density_fns = [self._thinned(density) for density in self.density_fns]
+        get_density = self.field.get_density
+
+        def thinned(samples: RaySamples) -> tuple[Tensor, Tensor]:
+            density, embedding = get_density(samples)
+            return self._without_hidden(density, samples.frustums.get_positions()), embedding
+
+        self.field.get_density = thinned  # type: ignore[method-assign, assignment]
         # Corrected in half precision, rays of a 4K photo would miss their pixels by one.
         correct = self.camera_optimizer.apply_to_raybundle
         self.camera_optimizer.apply_to_raybundle = single_precision()(correct)  # type: ignore[method-assign]
@@ -158,7 +174,11 @@ class OVS3DModel(SemanticModel, NerfactoModel):
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict:
         call = self._call
-        outputs = super().get_outputs(ray_bundle)
+        # Behind what is hidden there may be nothing, which a NeRF paints with the colour of its last sample.
+        hides = self.hider is not None and renderers.BACKGROUND_COLOR_OVERRIDE is None
+        black = torch.zeros(3, device=ray_bundle.origins.device)
+        with renderers.background_color_override_context(black) if hides else nullcontext():
+            outputs = super().get_outputs(ray_bundle)
         samples = call.__dict__.pop("last_pass")
         if not call.semantics:
             return outputs
@@ -174,6 +194,22 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         window_positions, window_weights = self._heaviest_of_windows(call.window_rays)
         semantics = self.composited(torch.cat([positions, window_positions]), torch.cat([weights, window_weights]))
         return outputs | {"semantics": semantics[:rays], "window_semantics": semantics[rays:]}
+
+    def _thinned(self, density_of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda positions: self._without_hidden(density_of(positions), positions)
+
+    def _without_hidden(self, density: Float[Tensor, "*n 1"], positions: Float[Tensor, "*n 3"]) -> Tensor:
+        """Densities, 0 where this thread's renders hide what is there."""
+        question = self.hider
+        if question is None:
+            return density
+        there = (density[..., 0] > LEAST_DENSITY).nonzero(
+            as_tuple=True
+        )  # most of space is empty, and need not be asked
+        kept = in_parts(
+            positions[there], lambda part: question.keeps(F.normalize(self.semantic_field(part)[0], dim=-1))
+        )
+        return density.index_put(there, density[there] * kept[:, None])
 
     def _heaviest(
         self, samples: RaySamples, weights: Float[Tensor, "*R n 1"]
