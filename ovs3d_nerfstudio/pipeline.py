@@ -41,6 +41,8 @@ warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multid
 # Its successor is not in the torch versions that nerfstudio supports.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
+OF_VIEWS = {"_model.camera_optimizer.pose_adjustment", "_model.field.embedding_appearance.embedding.weight"}
+"""Parameters with a row for each training view."""
 SAMPLE_CELLS = 8192
 """Cells kept in a run to know the range of similarities in its scene."""
 
@@ -190,9 +192,13 @@ class OVS3DPipeline(VanillaPipeline):
             check_implementation(loaded_state, self.model.state_dict())
             try:
                 self.model.update_to_step(step)
-                self.load_state_dict(
-                    {key.removeprefix("module."): value for key, value in loaded_state.items()}, strict=True
-                )
+                state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
+                views = state.pop("datamanager._extra_state", None)  # a run of version 0.2 has none
+                if views is not None:
+                    self.datamanager.set_extra_state(views)
+                    for name in OF_VIEWS & state.keys():
+                        state[name] = self.datamanager.of_each_view(state[name])
+                self.load_state_dict(state, strict=True)
                 known, basis = self.model.semantic_field.dim, self.model.segmenter.basis
                 if basis.numel() and known != basis.shape[1]:
                     raise ValueError(

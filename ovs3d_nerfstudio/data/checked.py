@@ -13,7 +13,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.base_datamanager import DataManager
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
-from torch import nn
+from torch import Tensor, nn
 
 from ovs3d_nerfstudio.data.capture import capture_of
 from ovs3d_nerfstudio.data.dataset import LenientDataset, OVS3DDataset
@@ -141,6 +141,14 @@ class CheckedData(DataManager, nn.Module):
             done = "All cameras are put where the run has them." if moved else "The run's frame stays."
             said = f"The data are not as at the training: {', '.join(differences)}. {done}"
             CONSOLE.print(f"[bold yellow]Warning:[/bold yellow] {escape(said)}", soft_wrap=True)
+
+    def of_each_view(self, kept: Float[Tensor, "N k"]) -> Float[Tensor, "M k"]:
+        """What a run kept for each of its training views, for those of the data: zeros for a view that came."""
+        known = self.config.run_views
+        places = known.places(_numpy(self.train_dataset.cameras))
+        rows = kept[torch.from_numpy(places).clamp_min(0)]
+        rows[torch.from_numpy(places < 0)] = 0
+        return rows
 
     def cameras_in_use(self) -> Iterator[Cameras]:
         """All cameras that were made of the data."""

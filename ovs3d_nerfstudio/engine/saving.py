@@ -124,6 +124,11 @@ class SavingTrainer(Trainer):
             raise CheckpointError(
                 f"The checkpoint's optimizers do not fit ({error}); resume with the method and settings of its run."
             ) from error
+        for optimizer in self.optimizers.optimizers.values():
+            for parameter, kept in optimizer.state.items():
+                # Of views that are others now: their parameters go on without a past.
+                if any(value.shape not in (parameter.shape, ()) for value in kept.values() if torch.is_tensor(value)):
+                    kept.clear()
         if "schedulers" in state and self.config.load_scheduler:
             self.optimizers.load_schedulers(state["schedulers"])
         if state.get("scalers"):  # empty from a run without mixed precision, as on a CPU
