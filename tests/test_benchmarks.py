@@ -43,7 +43,7 @@ def test_the_gpu_benchmark_makes_every_row_and_says_which_limit_was_missed(tmp_p
     """On a CPU, in tiny sizes: so every line of it runs before somebody has a GPU."""
     page, results = tmp_path / "page.md", tmp_path / "results"
     page.write_text("Before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nbehind\n")
-    words = ["--device", "cpu", "--quick", "--methods", "ovs3d-splat-lite", "--results", results, "--page", page]
+    words = ["--device", "cpu", "--quick", "--methods", "ovs3d-splat", "--results", results, "--page", page]
     done = command("python", BENCHMARKS / "gpu.py", *words, cwd=tmp_path, ok=False)
     assert done.returncode == 1, "30 000 steps take longer than five minutes here"
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -54,7 +54,7 @@ def test_the_gpu_benchmark_makes_every_row_and_says_which_limit_was_missed(tmp_p
     assert not [row for row in rows if row.failed], done.stdout[-4000:]
     names = {row.name for row in rows}
     assert names >= {"extraction_patches", "extraction_dense", "grid_ours_ms", "grid_torch_ms", "grid_tcnn_ms"}
-    assert names >= {"ovs3d_step_ms", "ovs3d_gib", "ovs3d-splat-lite_step_ms", "ovs3d-splat-lite_gib"}
+    assert names >= {"ovs3d_step_ms", "ovs3d_gib", "ovs3d-splat_step_ms", "ovs3d-splat_gib"}
     assert (
         names >= {"picture_s", "picture_rgb_s", "enter_ms", "two_step_ms", "two_extraction"} | gpu_report.LIMITS.keys()
     )
