@@ -275,6 +275,7 @@ def test_every_loss_takes_part_and_geometry_stands_still_once_semantics_begin(al
 def test_the_same_seed_on_one_thread_gives_the_same_run(alone, pointed):
     again = train_steps(config_of(pointed, semantics_start=12, fda_start=14), 20)
     assert again.losses == alone.losses
+    assert all(torch.equal(value, alone.snapshots[20][name]) for name, value in again.snapshots[20].items())
 
 
 def test_gaussians_come_and_go_and_a_checkpoint_brings_them_back(pointed):
