@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ovs3d_nerfstudio.data.rays import OVS3DDataManagerConfig
 from ovs3d_nerfstudio.data.teaching import TeachingConfig
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.encoders.base import encoders
 from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.engine.anomaly import LossGuard
 from ovs3d_nerfstudio.engine.checkpoints import CheckpointError, check_implementation
@@ -81,6 +81,8 @@ class OVS3DPipeline(VanillaPipeline):
         with user_errors():
             check_options(config)
             check_device("--machine.device-type", str(device))
+            if test_mode == "val":
+                encoders(config.image_text_encoder, config.token_encoder, device)  # before the data are read
         config.model.num_scales = len(config.datamanager.scales)
         # As if alone: nerfstudio would wrap the model for gradients to be averaged right away, when its parameters do not
         # have their sizes yet, and for CUDA only. See `prepare_features`.
@@ -125,13 +127,13 @@ class OVS3DPipeline(VanillaPipeline):
         Of several ranks the first fits and embeds for all; from then on their gradients are averaged.
         """
         config, segmenter = self.config, self.model.segmenter
-        encoder = image_text_encoder(config.image_text_encoder, self.device)
+        encoder, tokens = encoders(config.image_text_encoder, config.token_encoder, self.device)
         if segmenter.ready and segmenter.fingerprint != encoder.fingerprint:
             raise CommandError(
                 f"The checkpoint was trained with {segmenter.encoder} ({segmenter.fingerprint}), but {config.image_text_encoder} "
                 f"is {encoder.fingerprint}; go on with the encoder of the run, or start a new one."
             )
-        views = self.datamanager.extract_features(encoder, token_encoder(config.token_encoder, self.device))
+        views = self.datamanager.extract_features(encoder, tokens)
         with told_what_to_lower("loading the encoder"):
             text = ranks.from_first(
                 lambda: encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may wait for a hub
@@ -16,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ovs3d_nerfstudio.encoders import base, efficientnet, offline
+from ovs3d_nerfstudio.encoders import base, efficientnet, hub, offline
 from ovs3d_nerfstudio.encoders import open_clip as open_clip_encoder
 from ovs3d_nerfstudio.encoders.base import (
     EncoderError,
     ImageTextEncoder,
     cut_boxes,
+    encoders,
     image_text_encoder,
     pool_boxes,
     token_encoder,
@@ -235,6 +237,43 @@ def test_open_clip_says_what_to_do_without_a_hub(monkeypatch):
     monkeypatch.setattr(open_clip, "download_pretrained", unreachable)
     with pytest.raises(EncoderError, match=r"cannot be downloaded \(no route to host\).*open_clip:ViT-B-16@FILE"):
         OpenClipEncoder("", "cpu").embed_text(["cup"])
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A machine without weights, from which the hub cannot be reached."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    hub.reachable.cache_clear()
+    yield constants
+    hub.reachable.cache_clear()
+
+
+def test_without_a_hub_and_weights_one_message_says_at_once_what_needs_none(no_hub):
+    start = time.perf_counter()
+    with pytest.raises(
+        EncoderError, match=r"Neither encoder.*ViT-B-16.*dino-vitb8.*ovs3d-lite or ovs3d-splat-lite"
+    ) as said:
+        encoders("open_clip", "dino")
+    assert time.perf_counter() - start < 10 and str(said.value).count("hub does not answer") == 2
+    assert no_hub.HF_HUB_OFFLINE  # so that nothing else waits for it either
+
+
+def test_what_is_on_this_disk_needs_no_hub(no_hub, tiny_clip, tmp_path):
+    folder = tmp_path / "models--facebook--dino-vitb8"
+    (folder / "snapshots" / "1").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1")
+    (folder / "snapshots" / "1" / "model.safetensors").touch()
+    DinoEncoder("", "cpu").require()
+    OpenClipEncoder(f"{TINY}@{tiny_clip[0] / 'weights.pt'}", "cpu").require()
+    with pytest.raises(EncoderError, match="dino-vits8"):
+        DinoEncoder("facebook/dino-vits8", "cpu").require()
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 100), (100, 60), (48, 48), (48, 720)])

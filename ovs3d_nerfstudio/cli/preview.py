@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.cli.scenes import SceneOptions
 from ovs3d_nerfstudio.cli.sheet import PreviewedView, contact_sheet
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.encoders.base import encoders
 from ovs3d_nerfstudio.engine.option_checks import check_device, check_file
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.basis import scale_cells
@@ -58,10 +58,9 @@ class Command(SceneOptions):
         if not prompts:
             raise CommandError(f"{origin} Say what to look for with --prompts.")
         CONSOLE.print(escape(origin))
+        encoder, tokens = encoders(config.image_text_encoder, config.token_encoder, self.device)
         chosen = np.unique(np.linspace(0, len(pictures) - 1, min(self.views, len(pictures))).round().astype(int))
         paths = [pictures[i] for i in chosen]
-        encoder = image_text_encoder(config.image_text_encoder, self.device)
-        tokens = token_encoder(config.token_encoder, self.device)
         cache = config.datamanager.feature_cache_dir
         assert cache is not None, "resolved() names one"
         settings = config.datamanager
