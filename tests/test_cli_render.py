@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
+from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
 
+from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.labels import LabelFolder, read_labels
 from ovs3d_nerfstudio.cli.render import RenderCameraPath, crop_of
 from ovs3d_nerfstudio.data.annotations import Annotations
@@ -68,6 +70,33 @@ def test_what_is_no_crop_box_is_said_before_rendering(tmp_path, key, value):
     asked = RenderCameraPath(Path("none.yml"), camera_path_filename=tmp_path / "path.json")
     with pytest.raises(CommandError, match=r"path\.json has a crop box that cannot be used \(.*\); export"):
         asked.main()
+
+
+def looking_at_the_origin(azimuths: np.ndarray, heights: np.ndarray) -> Cameras:
+    """Cameras 2 units from a vertical axis, at these azimuths in degrees."""
+    angle = np.radians(azimuths)
+    origins = np.stack([2 * np.sin(angle), -2 * np.cos(angle), heights], -1)
+    back = origins / np.linalg.norm(origins, axis=-1, keepdims=True)
+    right = np.stack([np.cos(angle), np.sin(angle), 0 * angle], -1)
+    poses = np.stack([right, np.cross(back, right), back, origins], -1)
+    return Cameras(torch.from_numpy(poses).float(), 100.0, 100.0, 40.0, 30.0, 80, 60)
+
+
+@pytest.mark.parametrize(("span", "closed"), [(345, True), (100, False)], ids=["all around", "from the front"])
+def test_the_way_around_a_scene_is_smooth_and_sees_all_of_it(span, closed):
+    rng = np.random.default_rng(0)
+    photos = looking_at_the_origin(rng.permutation(np.linspace(0, span, 24)), rng.choice([0.5, 1.5], 24))
+    way = around(photos, 96)
+    poses = way.camera_to_worlds.numpy()
+    assert len(way) == 96 and (int(way.width[0]), int(way.height[0])) == (80, 60)
+    azimuths = np.degrees(np.unwrap(np.arctan2(poses[:, 0, 3], -poses[:, 1, 3])))
+    assert abs(np.ptp(azimuths)) > 0.85 * span
+    step = np.linalg.norm(np.diff(poses[..., 3], axis=0), axis=-1)
+    assert step.max() < 3 * np.median(step)
+    to_origin = -poses[..., 3] / np.linalg.norm(poses[..., 3], axis=-1, keepdims=True)
+    assert ((-poses[..., 2] * to_origin).sum(-1) > 0.95).all()
+    assert np.allclose(np.linalg.det(poses[:, :, :3]), 1, atol=1e-4)
+    assert (np.linalg.norm(poses[0, :, 3] - poses[-1, :, 3]) < 3 * np.median(step)) == closed
 
 
 @pytest.mark.slow

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 from unittest import mock
 
+import mediapy as media
 import numpy as np
 import tyro
 from nerfstudio.cameras.camera_paths import get_path_from_json
@@ -20,6 +22,7 @@ from nerfstudio.scripts import render
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
+from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.common import ask
 from ovs3d_nerfstudio.cli.labels import LabelFolder
 from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, Range, check_fields
@@ -37,6 +40,26 @@ RANGES = {
     "seconds": POSITIVE,
 }
 """What options of nerfstudio's may be, where its render classes have them."""
+
+
+class WholeVideo(media.VideoWriter):
+    """Written beside and renamed, so that what has the name of a video is a whole one."""
+
+    def __init__(self, path: Path, *arguments: Any, **options: Any):
+        self.whole = Path(path)
+        super().__init__(self.whole.with_name(f".{secrets.token_hex(4)}.{self.whole.name}"), *arguments, **options)
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        beside = Path(self.path)
+        try:
+            super().__exit__(kind, *error)
+            if kind is None and beside.exists():
+                os.replace(beside, self.whole)
+        except (RuntimeError, OSError):  # ffmpeg was stopped by the same Ctrl-C
+            if kind is None:
+                raise
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @dataclass
@@ -57,7 +80,7 @@ class _Asking:
     def main(self) -> None:
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
         check_fields("--", self, {name: allowed for name, allowed in RANGES.items() if hasattr(self, name)})
-        with mock.patch.object(render, "eval_setup", self._setup):
+        with mock.patch.object(render, "eval_setup", self._setup), mock.patch.object(media, "VideoWriter", WholeVideo):
             super().main()  # type: ignore[misc]
 
     def held_out(self) -> bool:
@@ -168,7 +191,33 @@ def crop_of(path: dict[str, Any]) -> render.CropData | None:
 
 @dataclass
 class RenderInterpolated(_Asking, render.RenderInterpolated):
-    """Render a path from photo to photo."""
+    """Render a way around the scene, or from photo to photo."""
+
+    pose_source: Literal["around", "train", "eval"] = "around"  # type: ignore[assignment]
+    """around: one smooth way among all training photos, for `seconds`; train, eval: from photo to photo of the training, or of
+    those held out."""
+    seconds: float = 8.0
+    """Length of the video of a way around the scene; from photo to photo, `interpolation_steps` say it."""
+    interpolation_steps: int | None = None  # type: ignore[assignment]
+    """Frames a photo; default: what `seconds` take around the scene, and 10 from photo to photo."""
+
+    def _setup(self, *arguments: Any, **options: Any) -> Any:
+        config, pipeline, *rest = super()._setup(*arguments, **options)
+        if self.interpolation_steps is None:
+            photos = len(pipeline.datamanager.train_dataset.cameras)
+            going_around = max(1, round(self.seconds * self.frame_rate / photos))
+            self.interpolation_steps = going_around if self.pose_source == "around" else 10
+        return config, pipeline, *rest
+
+    def main(self) -> None:
+        """As ns-render's, whose path from photo to photo is another's where a way around the scene is asked for."""
+        if self.pose_source != "around":
+            super().main()
+            return
+        with mock.patch.object(
+            render, "get_interpolated_camera_path", lambda cameras, steps, **_: around(cameras, steps * len(cameras))
+        ):
+            super().main()
 
 
 @dataclass
