@@ -5,9 +5,12 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
+import viser.transforms as vtf
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
@@ -19,7 +22,7 @@ from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question, packe
 from ovs3d_nerfstudio.prompts.prompts import PromptError
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter
 from ovs3d_nerfstudio.viewer.live import FeatureCache, LiveModel, LivePrompts
-from ovs3d_nerfstudio.viewer.panel import keep_steps, legend
+from ovs3d_nerfstudio.viewer.panel import at_a_photo, keep_steps, legend
 
 
 @pytest.fixture(scope="module")
@@ -350,11 +353,26 @@ def test_the_panel_says_what_it_did_or_why_not(seen, viewer):
     panel._mode.value, panel._negatives.value = "threshold per prompt", "a " * 100
     panel._settle()
     assert panel.live.answering.mode == "threshold"
+    panel._mode.value, panel._text.value, panel._negatives.value = "argmax over prompts", "lamp", "object"
+    panel._settle()
+    panel._point.content = "an answer"
+    panel._apply()
+    assert "threshold per prompt" in said() and "Click" in panel._point.content
     panel._reset()
     assert panel.live.asked == ["a cat", "a rocket", "books"] == panel._text.value.split("; ")
     panel._on_view(viewer.get_model().get_outputs_for_camera(seen[1]))
     panel._show()
     assert "books" in panel._legend.content and "\\u0025" in panel._legend.content
+
+
+def test_a_page_opens_where_a_photo_was_taken(seen, viewer):
+    client = MagicMock()
+    at_a_photo(client, viewer.pipeline)
+    camera = viewer.pipeline.datamanager.train_dataset.cameras[4]
+    assert np.allclose(client.camera.position, camera.camera_to_worlds[:, 3] * 10)
+    looked = vtf.SO3(np.asarray(client.camera.wxyz)).as_matrix() @ [0, 0, 1]
+    assert np.allclose(looked, -camera.camera_to_worlds[:, 2], atol=1e-5)
+    assert np.isclose(np.tan(client.camera.fov / 2) * float(camera.fy) * 2, float(camera.height))
 
 
 def test_a_run_opens_for_looking_when_its_photos_are_gone(seen, tmp_path, capsys):
