@@ -71,7 +71,7 @@ def _trainer(
         max_num_iterations=steps,
         steps_per_save=2000,
         steps_per_eval_batch=500,
-        steps_per_eval_image=2000,
+        steps_per_eval_image=min(2000, steps // 3),
         pipeline=OVS3DPipelineConfig(datamanager=datamanager, model=model, **pipeline),
         optimizers=optimizers,
         viewer=ViewerConfig(num_rays_per_chunk=1 << 15),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,11 @@ warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multid
 # Its successor is not in the torch versions that nerfstudio supports.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
+WITHOUT_PROMPTS = (
+    "The field learns the features alone, and words can be asked of it afterwards: in the viewer's group Prompts, by --prompts of "
+    "`ovs3d render`, `objects` and `export`, or from Python; the output features_pca shows what it has learned."
+)
+"""What a run without prompts is good for."""
 SAMPLE_CELLS = 8192
 """Cells kept in a run to know the range of similarities in its scene."""
 
@@ -92,6 +98,8 @@ class OVS3DPipeline(VanillaPipeline):
             late=torch.device(device).type != "cpu" and bool(grad_scaler and grad_scaler.is_enabled())
         )
         self.chosen_prompts: list[str] = []
+        self.last_miou: float | None = None
+        """Of the held-out view that was last looked at in training."""
         self.run_folder: Path | None = None
         self.optimizers: Optimizers | None = None
         self.prompt_panel = PromptPanel(self.model)
@@ -100,7 +108,7 @@ class OVS3DPipeline(VanillaPipeline):
             if test_mode == "val":
                 data = self.datamanager.config.data
                 self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
-                CONSOLE.print(escape(origin))
+                CONSOLE.print(escape(origin if self.chosen_prompts else f"{origin} {WITHOUT_PROMPTS}"))
                 for remark in self.model.remarks:
                     CONSOLE.print(escape(remark))
             evaluator = self.evaluator = self.model.evaluator = self._evaluator()
@@ -115,6 +123,11 @@ class OVS3DPipeline(VanillaPipeline):
             return None
         split = datamanager.eval_dataset.image_filenames
         return Evaluator.of_scene(Path(data), split, [*datamanager.train_dataset.image_filenames, *split])
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether held-out views have masks that prompts can be compared with."""
+        return self.evaluator is not None and bool(self.chosen_prompts)
 
     @property
     def model(self) -> SemanticModel:
@@ -216,11 +229,15 @@ class OVS3DPipeline(VanillaPipeline):
                 trainer.config.save_config()
         return super().get_training_callbacks(training_callback_attributes)
 
-    def get_train_loss_dict(self, step: int):
+    def ready_to_train(self) -> None:
+        """Makes the features ready where they are not; the random numbers of the training stay what they are."""
         if self.datamanager.teachers is None:
             device = torch.device(self.device)
             with user_errors(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 self.prepare_features()
+
+    def get_train_loss_dict(self, step: int):
+        self.ready_to_train()
         model = self.config.model
         semantics = step >= model.semantics_start
         class_losses = bool(self.chosen_prompts and model.refines and step >= model.fda_start)
@@ -238,7 +255,9 @@ class OVS3DPipeline(VanillaPipeline):
     def get_eval_image_metrics_and_images(self, step: int):
         with user_errors(), told_what_to_lower("rendering"):
             metrics, images = super().get_eval_image_metrics_and_images(step)
-        return metrics | self._segmentation_metrics(), images
+        segmentation = self._segmentation_metrics()
+        self.last_miou = segmentation.get("miou", self.last_miou)
+        return metrics | segmentation, images
 
     def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with user_errors(), told_what_to_lower("rendering"):
@@ -247,7 +266,9 @@ class OVS3DPipeline(VanillaPipeline):
                     f"No photo of {self.datamanager.config.data} is held out, so there is nothing to evaluate; split the data "
                     "otherwise, as with nerfstudio-data --eval-mode interval at the end of the training command."
                 )
-            return super().get_average_eval_image_metrics(*args, **kwargs)
+            metrics = super().get_average_eval_image_metrics(*args, **kwargs)
+        CONSOLE.print(escape(told_figures(metrics)))
+        return metrics
 
     def get_average_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with user_errors(), told_what_to_lower("rendering"):
@@ -263,6 +284,24 @@ class OVS3DPipeline(VanillaPipeline):
         metrics = evaluator.flat_summary()
         evaluator.records.clear()
         return metrics
+
+
+def told_figures(metrics: Mapping[str, Any]) -> str:
+    """What an evaluation found, as lines for people."""
+    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "miou": "mIoU", "mean_accuracy": "mean accuracy"}
+    names |= {"pixel_accuracy": "pixel accuracy", "boundary_iou": "boundary IoU"}
+    units = {"psnr": " dB"}
+    said = [
+        f"{label} {float(metrics[name]):.{2 if name in units else 3}f}{units.get(name, '')}"
+        for name, label in names.items()
+        if name in metrics
+    ]
+    classes = [
+        f"{name.removeprefix('iou_')} {float(value):.3f}"
+        for name, value in metrics.items()
+        if name.startswith("iou_") and not name.endswith("_std")
+    ]
+    return "\n".join([", ".join(said), *(["IoU: " + ", ".join(classes)] if classes else [])])
 
 
 def check_options(config: OVS3DPipelineConfig) -> None:

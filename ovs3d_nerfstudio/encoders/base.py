@@ -85,7 +85,7 @@ class ImageTextEncoder(ABC):
     def fingerprint(self) -> str:
         """Identifies model, weights and preprocessing: two encoders that can differ in a value differ here."""
 
-    def require(self) -> None:
+    def require(self) -> None:  # noqa: B027 (most encoders are at hand)
         """Raises EncoderError where it is known at once, and without loading a tower, that the encoder cannot be had."""
 
     @abstractmethod
@@ -216,7 +216,7 @@ class TokenEncoder(ABC):
     def fingerprint(self) -> str:
         """Identifies model, weights and preprocessing, as `ImageTextEncoder.fingerprint` does."""
 
-    def require(self) -> None:
+    def require(self) -> None:  # noqa: B027 (most encoders are at hand)
         """As `ImageTextEncoder.require`."""
 
     @property
