@@ -12,12 +12,13 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 
 from ovs3d_nerfstudio.files import mask_stem, write_json
+from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
 from ovs3d_nerfstudio.objects.points import Found, SceneObject
 from ovs3d_nerfstudio.objects.splat_table import splat_table
 from ovs3d_nerfstudio.objects.thumbnails import crops
 from ovs3d_nerfstudio.pictures import write_picture
 from ovs3d_nerfstudio.ply import vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.run import OBJECT_GAP, SMALLEST_OBJECT, FrameName, Run
+from ovs3d_nerfstudio.run import FrameName, Run
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from conftest import command
 from PIL import Image
 
-from ovs3d_nerfstudio.cli.preview import hints, win_shares
+from ovs3d_nerfstudio.cli.previewing import hints, win_shares
 from ovs3d_nerfstudio.cli.sheet import CELL_HEIGHT, PreviewedView, contact_sheet, relevancy
 from ovs3d_nerfstudio.prompts.palette import palette
 

@@ -37,10 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not words or words[0] not in SUBCOMMANDS:
         _explain(words)
         return
+    try:
+        _run(words)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(words: Sequence[str]) -> None:
     module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
     # Where a subcommand has subcommands of its own, its `Command` is a union, and the module says what they are.
     purpose = cleandoc((module.Command if isinstance(module.Command, type) else module).__doc__ or "")
-    command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=words[1:], description=purpose)
+    split = getattr(module, "split_words", lambda given: (given, []))
+    own, of_dataparser = split(words[1:])
+    command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=own, description=purpose)
+    if of_dataparser:
+        command.dataparser = tuple(of_dataparser)
     # Imported here: `--help` needs none of it.
     from ovs3d_nerfstudio.errors import user_errors
     from ovs3d_nerfstudio.memory import told_what_to_lower

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.markup import escape
-from rich.table import Table
+from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
 
-from ovs3d_nerfstudio.catalogue import Catalogue, alike_sentences, write_catalogue
-from ovs3d_nerfstudio.cli.common import ask
-from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SHARE, check_fields
-from ovs3d_nerfstudio.run import OBJECT_GAP, SMALLEST_OBJECT, load_run
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ovs3d_nerfstudio.catalogue import Catalogue
 
 
 @dataclass
@@ -47,6 +45,14 @@ class Command:
 
     def main(self) -> None:
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
+        from nerfstudio.utils.rich_utils import CONSOLE
+        from rich.markup import escape
+
+        from ovs3d_nerfstudio.catalogue import alike_sentences, write_catalogue
+        from ovs3d_nerfstudio.cli.common import ask
+        from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SHARE, check_fields
+        from ovs3d_nerfstudio.run import load_run
+
         check_fields("--", self, {"object_gap": POSITIVE, "smallest_object": SHARE})
         run = load_run(self.load_config, data=self.data)
         ask(run, self.prompts, self.prompts_file)
@@ -71,6 +77,9 @@ class Command:
 
 def table(catalogue: Catalogue, frame: str, kind: str) -> Table:
     """The objects, one a line."""
+    from rich.markup import escape
+    from rich.table import Table
+
     shown = Table(title=f"Objects, in the coordinates of the {frame}")
     for name in ("id", "prompt", kind, "probability", "centre", "size"):
         shown.add_column(name, justify="left" if name == "prompt" else "right")

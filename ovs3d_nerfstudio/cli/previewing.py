@@ -1,0 +1,120 @@
+"""What an encoder makes of some prompts on a few views, before any training: what `ovs3d preview` does."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
+from torch import Tensor
+
+from ovs3d_nerfstudio import __version__
+from ovs3d_nerfstudio.cli.preview import Command
+from ovs3d_nerfstudio.cli.sheet import PreviewedView, contact_sheet
+from ovs3d_nerfstudio.encoders.base import encoders
+from ovs3d_nerfstudio.engine.option_checks import check_device, check_file
+from ovs3d_nerfstudio.errors import CommandError
+from ovs3d_nerfstudio.features.basis import scale_cells
+from ovs3d_nerfstudio.features.extraction import CachedViews, extract
+from ovs3d_nerfstudio.files import write_json
+from ovs3d_nerfstudio.pictures import read_picture, write_picture
+from ovs3d_nerfstudio.prompts.palette import palette
+from ovs3d_nerfstudio.prompts.prompts import choose_prompts
+from ovs3d_nerfstudio.prompts.segmentation import alike, chosen_scores, percentiles, stretched, told_scores
+
+NEVER = 0.005
+"""A prompt that wins less than this share of the pictures is said never to win."""
+
+
+def main(options: Command) -> None:
+    """Does what `ovs3d preview` was asked for.
+
+    Raises CommandError, OptionError, SceneError, PromptError, EncoderError, PictureError and CacheError.
+    """
+    if options.views < 1:
+        raise CommandError(f"--views {options.views} shows nothing; give 1 or more.")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device("--device", device)
+    check_file("--output-path", options.output_path)
+    config = options.resolved()
+    pictures = options.training_pictures()
+    prompts, origin = choose_prompts(options.prompts, options.prompts_file, options.data)
+    if not prompts:
+        raise CommandError(f"{origin} Say what to look for with --prompts.")
+    CONSOLE.print(escape(origin))
+    encoder, tokens = encoders(config.image_text_encoder, config.token_encoder, device)
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(options.views, len(pictures))).round().astype(int))
+    paths = [pictures[i] for i in chosen]
+    cache = config.datamanager.feature_cache_dir
+    assert cache is not None, "resolved() names one"
+    settings = config.datamanager
+    views = extract(paths, encoder, tokens, settings.scales, cache, CONSOLE, settings.clip_features)
+    text = encoder.embed_text(prompts).float()
+    similarities = [similarity_maps(views, view, text) for view in range(len(paths))]
+    flat = torch.cat([scale.flatten(0, 1) for view in similarities for scale in view])
+    ranges = percentiles(flat[:: 1 + len(flat) // 20000])
+    scores = chosen_scores(config.model.class_scores, ranges)
+    if scores == "relevancy":
+        flat = stretched(flat, *ranges)
+        similarities = [[stretched(scale, *ranges) for scale in view] for view in similarities]
+    shares = win_shares(flat)
+    advice = hints(prompts, flat, shares)
+    if config.model.class_scores == "auto" and scores == "relevancy":
+        advice.append(told_scores(prompts, ranges))
+    for hint in advice:
+        CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
+    shown = [
+        PreviewedView(path.name, read_picture(path).numpy(), [scale.numpy() for scale in maps])
+        for path, maps in zip(paths, similarities, strict=True)
+    ]
+    sheet = contact_sheet(shown, prompts, palette(len(prompts)), config.datamanager.scales, shares.numpy())
+    write_picture(options.output_path.with_suffix(".png"), sheet)
+    summary = {
+        "version": __version__,
+        "scene": str(options.data),
+        "encoder": config.image_text_encoder,
+        "views": [path.name for path in paths],
+        "shares": dict(zip(prompts, map(float, shares), strict=True)),
+        "hints": advice,
+    }
+    write_json(options.output_path.with_suffix(".json"), summary)
+    CONSOLE.print(f"Contact sheet: {escape(str(options.output_path.with_suffix('.png')))}")
+
+
+def similarity_maps(views: CachedViews, view: int, text: Float[Tensor, "C D"]) -> list[Float[Tensor, "rows cols C"]]:
+    """Cosine of each cell of a view with each prompt, one map a scale."""
+    grids = views.grids(view)
+    return [
+        (cells @ text.T).view(grid.rows, grid.cols, -1)
+        for grid, cells in zip(grids, scale_cells(views, view), strict=True)
+    ]
+
+
+def win_shares(similarities: Float[Tensor, "n C"]) -> Float[Tensor, " C"]:
+    """The share of cells that each prompt wins."""
+    return torch.bincount(similarities.argmax(-1), minlength=similarities.shape[1]) / len(similarities)
+
+
+def hints(prompts: list[str], similarities: Float[Tensor, "n C"], shares: Float[Tensor, " C"]) -> list[str]:
+    """Sentences about prompts that never win and pairs that are the same to the encoder.
+
+    `similarities` are those of the cells of all views and scales, `shares` what each prompt wins of them.
+    """
+    said = []
+    for i, prompt in enumerate(prompts):
+        if shares[i] >= NEVER:
+            continue
+        strongest = similarities[:, i].topk(max(1, len(similarities) // 50)).indices
+        rival = int(win_shares(similarities[strongest]).argmax())
+        place = f"; where it fits best, '{prompts[rival]}' fits better" if rival != i else ""
+        said.append(
+            f"'{prompt}' wins almost nowhere ({shares[i]:.1%}){place}. Say what is seen (colour, material), show a view of "
+            "it, or drop it."
+        )
+    for i, j, correlation in alike(similarities):
+        said.append(
+            f"'{prompts[i]}' and '{prompts[j]}' are nearly the same to the encoder (correlation {correlation:.2f}): "
+            "they would share their object between them. Keep one."
+        )
+    return said
