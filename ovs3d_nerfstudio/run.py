@@ -289,6 +289,7 @@ class Run:
     ) -> Found:
         """As `objects`, with what was left out, and prompts that are nearly the same to the encoder: where `merge` is set, they
         are one class, that of the first of them."""
+        unit = self._unit(frame)
         question = self.question(prompts, threshold)
         asked = question.segmenter.prompts
         pairs = alike(question.segmenter.sample @ question.text)
@@ -296,7 +297,6 @@ class Run:
         if merge:
             for first, second, _ in reversed(pairs):  # from the last on, so that a chain ends at its first
                 cloud.class_id[cloud.class_id == second + 1] = first + 1
-        unit = self._unit(frame)
         if frame == "data":
             cloud.positions = self.frame.to_data(cloud.positions)
         found = find_objects(cloud, gap * self.camera_diagonal / unit, smallest, asked)
@@ -335,7 +335,7 @@ class Run:
 
     def _points(self, xyz: Any, frame: str) -> Float[np.ndarray, "N 3"]:
         """In the model's frame. Raises RunError when they are no points."""
-        points = _numbers(xyz, "Points", "N×3")
+        points = _numbers(xyz, "the points", "N×3")
         if points.ndim != 2 or points.shape[1] != 3:
             raise RunError(f"Points have the shape {_shape(points)}; give N×3 numbers, a point a row.")
         self._unit(frame)
@@ -343,7 +343,7 @@ class Run:
 
     def _camera(self, camera_to_world: Any, intrinsics: Any, size: Any, frame: str) -> Cameras:
         """In the model's frame, on its device. Raises RunError when one of them is no such."""
-        pose = _numbers(camera_to_world, "The pose", "3×4 or 4×4")
+        pose = _numbers(camera_to_world, "the pose", "3×4 or 4×4")
         if pose.shape not in ((3, 4), (4, 4)):
             raise RunError(f"The pose has the shape {_shape(pose)}; give a camera-to-world matrix of 3×4 or 4×4.")
         if len(pose) == 4 and not np.allclose(pose[3], [0, 0, 0, 1]):
@@ -354,7 +354,7 @@ class Run:
             raise RunError(
                 f"The pose's axes are off perpendicular ones of length 1 by {off:.2g}; give a rotation without scale."
             )
-        focal = _numbers(intrinsics, "Intrinsics", "3×3")
+        focal = _numbers(intrinsics, "the intrinsics", "3×3")
         if focal.shape != (3, 3):
             raise RunError(f"Intrinsics have the shape {_shape(focal)}; give 3×3, in pixels.")
         if focal[0, 0] <= 0 or focal[1, 1] <= 0 or abs(focal[0, 1]) > 1e-6 * focal[0, 0]:
@@ -403,10 +403,10 @@ def _numbers(values: Any, what: str, shape: str) -> np.ndarray:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise RunError(f"{what} cannot be read as numbers; give an array of {shape}.") from None
+        raise RunError(f"What was given for {what} cannot be read as numbers; give an array of {shape}.") from None
     bad = int((~np.isfinite(array)).sum())
     if bad:
-        raise RunError(f"{what} hold {bad} numbers that are NaN or infinite; take them out.")
+        raise RunError(f"{bad} of the numbers of {what} are NaN or infinite; take them out.")
     return array
 
 

@@ -162,7 +162,10 @@ TRANSFORMS = {
 
 SPLITS = {
     "a split of no frame": (meta(val_filenames=["images/99.png"]), ["cannot read", "99.png"]),
-    "a split left out": (meta(val_filenames=...), ["cannot read", "split val"]),
+    "a split left out": (meta(val_filenames=...), ["train_filenames and test_filenames, but no val_filenames"]),
+    "the split left out that opening needs": (meta(test_filenames=...), ["but no test_filenames", "cannot be opened"]),
+    "a split of something else": (meta(test_filenames="images/06.png"), "test_filenames that are no list"),
+    "a split of no frame, that opening needs": (meta(test_filenames=["images/99.png"]), ["cannot read", "99.png"]),
     "a split of nothing": (meta(train_filenames=[]), "has no photo to train on"),
     "train views at one place": (meta(train_filenames=["images/00.png"]), "All 1 cameras"),
 }

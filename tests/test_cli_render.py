@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
-from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from PIL import Image
 
 from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.labels import LabelFolder, read_labels
-from ovs3d_nerfstudio.cli.render import RenderCameraPath, crop_of
+from ovs3d_nerfstudio.cli.poses import poses_of
+from ovs3d_nerfstudio.cli.render import RenderCameraPath, crop_in_model, crop_of
 from ovs3d_nerfstudio.data.annotations import Annotations
+from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.prompts.palette import colorize, palette
 
@@ -97,6 +99,50 @@ def test_the_way_around_a_scene_is_smooth_and_sees_all_of_it(span, closed):
     assert ((-poses[..., 2] * to_origin).sum(-1) > 0.95).all()
     assert np.allclose(np.linalg.det(poses[:, :, :3]), 1, atol=1e-4)
     assert (np.linalg.norm(poses[0, :, 3] - poses[-1, :, 3]) < 3 * np.median(step)) == closed
+
+
+def test_poses_of_a_transforms_json_are_rendered_through_their_lenses():
+    frames = [{"transform_matrix": np.eye(4).tolist(), "w": 4 + i, "k1": 0.1 * i} for i in range(3)]
+    shared = {"fl_x": 50, "fl_y": 60, "cx": 2, "cy": 1.5, "h": 3, "camera_model": "OPENCV_FISHEYE"}
+    cameras, seconds = poses_of({**shared, "frames": frames})
+    assert cameras.width.flatten().tolist() == [4, 5, 6] and (cameras.height == 3).all() and (cameras.fy == 60).all()
+    assert cameras.distortion_params[:, 0].tolist() == pytest.approx([0, 0.1, 0.2]) and seconds == 3 / 24
+    assert (cameras.camera_type == CameraType.FISHEYE.value).all()
+    with pytest.raises(LookupError):
+        poses_of({"frames": [{"transform_matrix": np.eye(4).tolist()}]})
+
+
+def test_a_crop_box_of_the_data_lies_where_the_model_has_it():
+    turn = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
+    frame = Frame(np.c_[turn, [1, 2, 3]], 0.5)
+    crop = crop_of({"crop": {**CROP, "crop_rot": [0.3, 0.2, 0.1]}})
+    points = np.random.default_rng(0).uniform([-1, 0, 1], [1, 2, 3], (200, 3))
+    inside = crop.obb.within(torch.from_numpy(points).float())
+    moved = crop_in_model(crop, frame).obb.within(torch.from_numpy(frame.to_model(points)).float())
+    assert torch.equal(inside, moved) and 0 < inside.sum() < 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transforms", "path"])
+def test_a_pose_of_the_data_is_rendered_as_its_photo(trained, scene, tmp_path, ovs3d, kind):
+    """The picture of a frame is that of `render dataset`, which is rendered at the pose that the parser made of it."""
+    meta = json.loads((scene / "transforms.json").read_text())
+    meta["frames"] = [frame for frame in meta["frames"] if "test_01" in frame["file_path"]]
+    words = ["--camera-path-filename", tmp_path / "path.json"]
+    if kind == "path":
+        fov = 2 * np.degrees(np.arctan(meta["h"] / 2 / meta["fl_y"]))
+        matrix = np.array(meta["frames"][0]["transform_matrix"]).ravel().tolist()
+        camera = {"camera_to_world": matrix, "fov": fov, "aspect": meta["w"] / meta["h"]}
+        meta = {"render_height": meta["h"], "render_width": meta["w"], "seconds": 1, "camera_path": [camera]}
+        words += ["--frame", "data"]
+    (tmp_path / "path.json").write_text(json.dumps(meta))
+    words += ["--output-format", "images", "--output-path", tmp_path / "poses"]
+    common = ["--load-config", trained[0], "--image-format", "png", "--rendered-output-names", "rgb"]
+    assert ovs3d("render", "camera-path", *words, *common)[0] == 0
+    assert ovs3d("render", "dataset", "--output-path", tmp_path / "all", *common)[0] == 0
+    one = np.asarray(Image.open(tmp_path / "poses" / "00000.png")).astype(int)
+    other = np.asarray(Image.open(tmp_path / "all" / "test" / "rgb" / "test_01.png")).astype(int)
+    assert np.abs(one - other).max() <= 2
 
 
 @pytest.mark.slow

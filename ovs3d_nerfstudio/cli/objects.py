@@ -66,10 +66,10 @@ class Command:
             merge=self.merge,
             removed=self.scenes_without,
         )
-        CONSOLE.print(table(catalogue, self.frame, "Gaussians" if run.is_splat else "points"))
-        found = catalogue.found
-        if found.crumbs or found.left_out:
-            CONSOLE.print(f"Left out: {found.crumbs} crumbs and what is sparse, {found.left_out} in all.")
+        kind, found = "Gaussians" if run.is_splat else "points", catalogue.found
+        CONSOLE.print(table(catalogue, self.frame, kind))
+        if found.left_out:
+            CONSOLE.print(f"Left out: {found.left_out} {kind}, in {found.crumbs} crumbs or alone.")
         for sentence in alike_sentences(found, self.merge):
             CONSOLE.print(f"[yellow]{escape(sentence)}")
         CONSOLE.print(f"Objects: {escape(str(catalogue.path))}")

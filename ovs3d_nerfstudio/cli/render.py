@@ -8,23 +8,29 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, Union
 from unittest import mock
 
 import mediapy as media
 import numpy as np
+import torch
 import tyro
-from nerfstudio.cameras.camera_paths import get_path_from_json
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.scripts import render
+from nerfstudio.scripts.render import get_crop_from_json
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
 from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.common import ask
 from ovs3d_nerfstudio.cli.labels import LabelFolder
+from ovs3d_nerfstudio.cli.poses import in_model, is_transforms, poses_of
+from ovs3d_nerfstudio.data.frames import Frame, frame_of
 from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, Range, check_fields
 from ovs3d_nerfstudio.errors import CommandError, reason
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
@@ -76,6 +82,8 @@ class _Asking:
     """Write a label image of each view."""
     masks: bool = True
     """Write one mask a class of each view too, where label images are written."""
+    data: Path | None = None
+    """Where the scene is now, if it moved since the training."""
 
     def main(self) -> None:
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
@@ -95,7 +103,9 @@ class _Asking:
     def _setup(self, load_config, eval_num_rays_per_chunk=None, test_mode="test", update_config_callback=None) -> Any:
         """Stands in for nerfstudio's `eval_setup`: a run that answers for our prompts and writes down its labels."""
         change = update_config_callback or (lambda config: config)
-        config, pipeline, checkpoint, step = open_run(load_config, test_mode, eval_num_rays_per_chunk, change=change)
+        config, pipeline, checkpoint, step = open_run(
+            load_config, test_mode, eval_num_rays_per_chunk, self.data, change
+        )
         if not len(pipeline.datamanager.eval_dataset) and self.held_out():
             raise CommandError(
                 f"No photo of {pipeline.datamanager.config.data} is held out, so there is no view to start from; render the "
@@ -150,25 +160,47 @@ class RenderDataset(_Asking, render.DatasetRender):
 
 @dataclass
 class RenderCameraPath(_Asking, render.RenderCameraPath):
-    """Render a camera path of the viewer or of the Blender add-on."""
+    """Render at poses of a file (`--camera-path-filename`): a camera path of the viewer or of the Blender add-on, or the frames
+    of a transforms.json, each through its own lens."""
+
+    frame: Literal["data", "model"] | None = None
+    """Coordinates of the poses and of the crop box: `data`, those of the poses in the data's file; `model`, the scaled and
+    turned ones that nerfstudio trains in, which the viewer's paths have. Default: data for a transforms.json, else model."""
 
     def main(self) -> None:
-        """Raises CommandError for a file that is no camera path, or has a crop box that is none."""
+        """Raises CommandError for a file without poses, or with a crop box that is none."""
         name, again = self.camera_path_filename, "export one from the viewer's render tab."
         try:
             path = json.loads(name.read_text(encoding="utf-8"))
-            cameras = get_path_from_json(path)
-            fine = path["seconds"] > 0 and (cameras.width > 0).all() and cameras.camera_to_worlds.isfinite().all()
+            cameras, seconds = poses_of(path)
+            of_data = self.frame == "data" or (self.frame is None and is_transforms(path))
         except (LookupError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError):
-            fine = False
-        if not fine:
-            raise CommandError(f"{name} is no camera path; {again}")
+            raise CommandError(f"{name} is no camera path, and no transforms.json with poses; {again}") from None
+        sizes = torch.cat([cameras.width, cameras.height], -1).unique(dim=0)
+        if len(sizes) > 1 and self.output_format == "video":
+            raise CommandError(f"{name} has frames of {len(sizes)} sizes; give --output-format images.")
         try:
             crop = crop_of(path)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CommandError(f"{name} has a crop box that cannot be used ({reason(error)}); {again}") from None
-        with mock.patch.object(render, "get_crop_from_json", lambda _: crop):
-            super().main()
+
+        # nerfstudio asks for both when the run is open, and reads nothing but `seconds` itself.
+        def placed(_: Any) -> Cameras:
+            return in_model(cameras, self.run_frame) if of_data else cameras
+
+        def cropped(_: Any) -> render.CropData | None:
+            return crop_in_model(crop, self.run_frame) if of_data and crop is not None else crop
+
+        with TemporaryDirectory(prefix="ovs3d-") as folder:
+            self.camera_path_filename = Path(folder) / "seconds.json"
+            self.camera_path_filename.write_text(json.dumps({"seconds": seconds}))
+            with mock.patch.multiple(render, get_path_from_json=placed, get_crop_from_json=cropped):
+                super().main()
+
+    def _setup(self, *arguments: Any, **options: Any) -> Any:
+        opened = super()._setup(*arguments, **options)
+        self.run_frame = frame_of(opened[1].datamanager)
+        return opened
 
 
 def crop_of(path: dict[str, Any]) -> render.CropData | None:
@@ -186,7 +218,15 @@ def crop_of(path: dict[str, Any]) -> render.CropData | None:
     for key, values in {**numbers, "crop_bg_color": [*color.values()]}.items():
         if len(values) != 3 or not np.isfinite(values).all() or (key == "crop_scale" and min(values) <= 0):
             raise ValueError(f"its {key} is {given[key]}")
-    return render.get_crop_from_json({"crop": {**numbers, "crop_bg_color": color}})
+    return get_crop_from_json({"crop": {**numbers, "crop_bg_color": color}})
+
+
+def crop_in_model(crop: render.CropData, frame: Frame) -> render.CropData:
+    """A crop box of the data where a model has it."""
+    box = crop.obb
+    pose = frame.poses_to_model(torch.cat([box.R, box.T[:, None]], -1).double().numpy())
+    turned = torch.from_numpy(pose).to(box.R)
+    return replace(crop, obb=OrientedBox(R=turned[:, :3], T=turned[:, 3], S=box.S * abs(frame.scale)))
 
 
 @dataclass

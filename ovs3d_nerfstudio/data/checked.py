@@ -18,7 +18,7 @@ from ovs3d_nerfstudio.data.capture import capture_of
 from ovs3d_nerfstudio.data.dataset import LenientDataset, OVS3DDataset
 from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.data.run_views import RunViews
-from ovs3d_nerfstudio.data.scene_checks import check_cameras, check_pictures, readable_scene
+from ovs3d_nerfstudio.data.scene_checks import SceneError, check_cameras, check_pictures, readable_scene
 from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.features.extraction import check_size
 from ovs3d_nerfstudio.pictures import PictureError
@@ -32,6 +32,7 @@ class CheckedData(DataManager):
 
     config: Any
     """Of the datamanager, and a TeachingConfig."""
+    dataparser: Any
     train_dataset: OVS3DDataset
     eval_dataset: OVS3DDataset
     train_dataparser_outputs: Any
@@ -41,7 +42,16 @@ class CheckedData(DataManager):
     def __init__(self, config: Any, *args: Any, test_mode: str = "val", **kwargs: Any):
         """Data that cannot be used ends the command with a sentence, here because ns-render builds no pipeline for it."""
         parser = config.dataparser
-        with user_errors(), readable_scene(parser, Path(config.data or parser.data)):
+        place = Path(config.data or parser.data)
+        with user_errors():
+            if (
+                test_mode != "val" and not place.exists()
+            ):  # a run is opened, and nerfstudio's commands ask for no other place
+                raise SceneError(
+                    f"The run's data, {place}, is not there; put it back, or a link to where it is, or give --data to `ovs3d eval`, "
+                    "`ovs3d render` or `ovs3d export`."
+                )
+        with user_errors(), readable_scene(parser, place):
             try:
                 super().__init__(config, *args, test_mode=test_mode, **kwargs)  # type: ignore[call-arg]
             except FileNotFoundError:
@@ -83,6 +93,9 @@ class CheckedData(DataManager):
 
     def create_eval_dataset(self) -> OVS3DDataset:
         """The held-out photos, likewise."""
+        if self.test_mode == "val":
+            # What a run is opened with, so that it is not trained in vain.
+            self.dataparser.get_dataparser_outputs(split="test")
         return self._checked(super().create_eval_dataset())
 
     def get_extra_state(self) -> dict[str, Any]:

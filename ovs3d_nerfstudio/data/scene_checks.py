@@ -78,7 +78,24 @@ def check_transforms(data: Path) -> None:
         raise SceneError(
             f"{path} has a mask_path for {masks} of {len(frames)} frames; give one to every frame or to none."
         )
+    _check_splits(path, meta)
     check_places(np.array([frame["transform_matrix"] for frame in frames], float)[:, :3, 3], str(path))
+
+
+def _check_splits(path: Path, meta: dict[str, Any]) -> None:
+    """Raises SceneError unless the lists of the splits are all there, or none: a run that was trained without one would not
+    open."""
+    keys = [f"{split}_filenames" for split in ("train", "val", "test")]
+    given = [key for key in keys if key in meta]
+    for key in keys if given else ():
+        names = meta.get(key)
+        if key not in meta:
+            raise SceneError(
+                f"{path} has {' and '.join(given)}, but no {key}, without which a run on it cannot be opened; add it (the photos "
+                "that are held out, as for val_filenames), or take all of these lists out."
+            )
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise SceneError(f"{path} has {key} that are no list of names; give the file_path of some frames.")
 
 
 def _check_frame(name: str, meta: dict[str, Any], frame: dict[str, Any]) -> None:

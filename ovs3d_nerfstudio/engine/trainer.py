@@ -10,10 +10,11 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -59,21 +60,29 @@ class OVS3DTrainerConfig(TrainerConfig):
         self.__dict__.update(state)
         if self.method_name in RENAMED:
             self.folder_name, self.method_name = self.method_name, RENAMED[self.method_name]
+        opened = _opened_by_nerfstudio()
+        if opened is not None:
+            self.opened_in = opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "opened_in"}
 
     def get_base_dir(self) -> Path:
-        """The run's folder."""
+        """The run's folder: that of the config.yml which is open, wherever it was when it was written."""
+        if "opened_in" in vars(self):
+            return self.opened_in
         folder = super().get_base_dir()
         return folder.parents[1] / self.__dict__.get("folder_name", folder.parent.name) / folder.name
 
     def save_config(self) -> None:
-        """Saves the config, whole or not at all; then hides from nerfstudio's launcher, which reads it next, that there are several devices."""
+        """Saves the config, whole or not at all, with paths that lead there from any folder; then hides from nerfstudio's launcher, which reads it next, that there are several devices."""
         sampler = getattr(self.pipeline.datamanager, "pixel_sampler", None)
         if sampler is not None:  # nerfstudio leaves a tensor here, which YAML could only hold as a call
             sampler.is_equirectangular = bool(sampler.is_equirectangular)
         folder = self.get_base_dir()
         folder.mkdir(parents=True, exist_ok=True)
         with written_beside(folder / "config.yml") as beside:
-            beside.write_text(yaml.dump(self), encoding="utf-8")
+            beside.write_text(yaml.dump(_from_anywhere(self)), encoding="utf-8")
         machine = self.machine
         if machine.num_devices * machine.num_machines > 1 and ranks.count() == 1:  # not in the processes themselves
             self.machine, self.real_machine = replace(machine, num_devices=1, num_machines=1), machine
@@ -233,6 +242,40 @@ class Processes:
                     f"Process {error.error_index} of {machine.num_devices} died ({error.signal_name}), so the others were "
                     f"stopped; {_remedy(config.get_checkpoint_dir())}"
                 ) from None
+
+
+def _from_anywhere(config: OVS3DTrainerConfig) -> OVS3DTrainerConfig:
+    """A copy whose paths are absolute, but for those within the data and within the run."""
+    config = deepcopy(config)
+    pipeline: Any = config.pipeline
+    datamanager = pipeline.datamanager
+    places = (
+        (config, ("data", "output_dir", "load_dir", "load_checkpoint", "load_config")),
+        (pipeline, ("prompts_file",)),
+        (datamanager, ("data", "feature_cache_dir")),
+        (datamanager.dataparser, ("data",)),
+    )
+    for part, names in places:
+        for name in names:
+            path = getattr(part, name, None)
+            if isinstance(path, Path) and path != Path():  # which is none
+                setattr(part, name, path.absolute())
+    return config
+
+
+def _opened_by_nerfstudio() -> Path | None:
+    """The folder of the config.yml that nerfstudio's `eval_setup` is reading now, if it is.
+
+    It hands on the file's text, not its place, and looks for checkpoints where the run was once; a run that was moved or copied
+    lies where its config does.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # By name, for that module imports this one before it has its function.
+        if frame.f_code.co_name == "eval_setup" and frame.f_globals["__name__"] == "nerfstudio.utils.eval_utils":
+            return Path(frame.f_locals["config_path"]).parent.absolute()
+        frame = frame.f_back
+    return None
 
 
 def _remedy(folder: Path) -> str:
