@@ -10,7 +10,7 @@ NAME = ROOT.name
 FLOORS = (
     ("cli",),
     ("demo",),
-    ("catalogue",),
+    ("catalogue", "doctor"),
     ("run",),
     ("run_files", "run_config", "configs"),
     ("evaluation.splits", "objects"),

@@ -6,7 +6,9 @@ for another's.
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -18,6 +20,7 @@ from ovs3d_nerfstudio import __version__
 
 SUBCOMMANDS = {
     "demo": "Make the demo scene, train on it, evaluate: what `make demo` runs.",
+    "doctor": "Look at this machine, a scene or a run: what will go wrong, and what to do about it.",
     "extract": "Extract the features of a scene into its cache, without training.",
     "preview": "Show what the prompts are relevant to, before any training, and how to better them.",
     "eval": "Compare a run with the scene's masks: metrics as JSON, pictures, and a report.",
@@ -45,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(words: Sequence[str]) -> None:
+    # Of other packages; what concerns a user is printed, not warned of.
+    warnings.filterwarnings("ignore")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
     # Where a subcommand has subcommands of its own, its `Command` is a union, and the module says what they are.
     purpose = cleandoc((module.Command if isinstance(module.Command, type) else module).__doc__ or "")

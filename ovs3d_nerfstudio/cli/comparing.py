@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,6 @@ from rich.markup import escape
 
 from ovs3d_nerfstudio import __version__
 from ovs3d_nerfstudio.cli.common import ask
-from ovs3d_nerfstudio.cli.eval import Command
 from ovs3d_nerfstudio.cli.labels import ids, write_labels
 from ovs3d_nerfstudio.cli.report import write_report
 from ovs3d_nerfstudio.engine.option_checks import check_file
@@ -33,45 +33,55 @@ GAP = 4
 """White pixels between the pictures of a view."""
 
 
-def main(options: Command) -> None:
-    """Does what `ovs3d eval` was asked for. Raises CommandError and the errors of prompts, annotations and encoders."""
-    check_file("--output-path", options.output_path)
-    folder = options.output_path.with_suffix("")
-    if folder == options.output_path:
-        raise CommandError(f"--output-path {options.output_path} has no suffix; name a file such as metrics.json.")
-    mapping = parse_mapping(options.prompt_classes)
-    run = load_run(options.load_config, data=options.data)
-    prompts = ask(run, options.prompts, options.prompts_file)
-    comparison = compare(run.pipeline, options.split, mapping)
+def evaluate(
+    load_config: Path,
+    output_path: Path,
+    split: Literal["test", "train", "all"],
+    prompts: str,
+    prompts_file: Path | None,
+    prompt_classes: str,
+    pictures: bool,
+    data: Path | None,
+) -> None:
+    """Does what `ovs3d eval` was asked for, by its options. Raises CommandError and the errors of prompts, annotations and
+    encoders."""
+    check_file("--output-path", output_path)
+    folder = output_path.with_suffix("")
+    if folder == output_path:
+        raise CommandError(f"--output-path {output_path} has no suffix; name a file such as metrics.json.")
+    mapping = parse_mapping(prompt_classes)
+    run = load_run(load_config, data=data)
+    asked = ask(run, prompts, prompts_file)
+    comparison = compare(run.pipeline, split, mapping)
     for view in comparison.views:
         write_labels(folder / "labels" / f"{view.name}.png", view.prediction, len(comparison.classes))
     figures = {
         "version": __version__,
         "scene": str(run.pipeline.datamanager.config.data),
-        "run": str(options.load_config),
+        "run": str(load_config),
         "method": run.config.method_name,
         "checkpoint": str(run.checkpoint),
         "step": run.step,
-        "split": options.split,
-        "prompts": dict(zip(prompts, comparison.class_of_prompt, strict=True)),
+        "split": split,
+        "prompts": dict(zip(asked, comparison.class_of_prompt, strict=True)),
         "label_ids": ids(comparison.classes, comparison.colors),
         **comparison.figures(),
     }
-    write_json(options.output_path, figures)
+    write_json(output_path, figures)
     CONSOLE.print(
         f"mIoU {figures['miou']:.3f}, mean accuracy {figures['mean_accuracy']:.3f}, pixel accuracy "
         f"{figures['pixel_accuracy']:.3f}, boundary IoU {figures['boundary_iou']:.3f} over "
-        f"{len(comparison.views)} views of '{options.split}'."
+        f"{len(comparison.views)} views of '{split}'."
     )
     for sentence in comparison.remarks():
         CONSOLE.print(f"[yellow]{escape(sentence)}")
-    if options.pictures:
+    if pictures:
         sheets = {view.name: panel(view, comparison.colors) for view in comparison.views}
         for name, sheet in sheets.items():
             write_picture(folder / "pictures" / f"{name}.png", sheet)
         write_report(folder / "report.html", figures, comparison.colors, sheets, comparison.remarks())
         CONSOLE.print(f"Report: {escape(str(folder / 'report.html'))}")
-    CONSOLE.print(f"Figures: {escape(str(options.output_path))}")
+    CONSOLE.print(f"Figures: {escape(str(output_path))}")
 
 
 @dataclass

@@ -36,6 +36,6 @@ class Command:
     def main(self) -> None:
         """Raises CommandError and the errors of prompts, annotations and encoders."""
         # Imported here, as in every subcommand: `--help` needs none of it.
-        from ovs3d_nerfstudio.cli.comparing import main
+        from ovs3d_nerfstudio.cli.comparing import evaluate
 
-        main(self)
+        evaluate(**vars(self))

@@ -29,7 +29,7 @@ class Command(SceneOptions):
     """Where to embed: cuda, cpu…; default: a GPU where there is one."""
 
     def main(self) -> None:
-        """See `previewing.main`."""
-        from ovs3d_nerfstudio.cli.previewing import main
+        """See `previewing.preview`."""
+        from ovs3d_nerfstudio.cli.previewing import preview
 
-        main(self)
+        preview(self, self.prompts, self.prompts_file, self.views, self.output_path, self.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -10,7 +12,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from ovs3d_nerfstudio import __version__
-from ovs3d_nerfstudio.cli.preview import Command
+from ovs3d_nerfstudio.cli.scenes import SceneOptions
 from ovs3d_nerfstudio.cli.sheet import PreviewedView, contact_sheet
 from ovs3d_nerfstudio.encoders.base import encoders
 from ovs3d_nerfstudio.engine.option_checks import check_device, check_file
@@ -27,31 +29,38 @@ NEVER = 0.005
 """A prompt that wins less than this share of the pictures is said never to win."""
 
 
-def main(options: Command) -> None:
-    """Does what `ovs3d preview` was asked for.
+def preview(
+    scene: SceneOptions,
+    prompts: str,
+    prompts_file: Path | None,
+    views: int,
+    output_path: Path,
+    device: str | None,
+) -> None:
+    """Does what `ovs3d preview` was asked for, by its options.
 
     Raises CommandError, OptionError, SceneError, PromptError, EncoderError, PictureError and CacheError.
     """
-    if options.views < 1:
-        raise CommandError(f"--views {options.views} shows nothing; give 1 or more.")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if views < 1:
+        raise CommandError(f"--views {views} shows nothing; give 1 or more.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device("--device", device)
-    check_file("--output-path", options.output_path)
-    config = options.resolved()
-    pictures = options.training_pictures()
-    prompts, origin = choose_prompts(options.prompts, options.prompts_file, options.data)
-    if not prompts:
+    check_file("--output-path", output_path)
+    config = scene.resolved()
+    pictures = scene.training_pictures()
+    asked, origin = choose_prompts(prompts, prompts_file, scene.data)
+    if not asked:
         raise CommandError(f"{origin} Say what to look for with --prompts.")
     CONSOLE.print(escape(origin))
     encoder, tokens = encoders(config.image_text_encoder, config.token_encoder, device)
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(options.views, len(pictures))).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(views, len(pictures))).round().astype(int))
     paths = [pictures[i] for i in chosen]
     cache = config.datamanager.feature_cache_dir
     assert cache is not None, "resolved() names one"
     settings = config.datamanager
-    views = extract(paths, encoder, tokens, settings.scales, cache, CONSOLE, settings.clip_features)
-    text = encoder.embed_text(prompts).float()
-    similarities = [similarity_maps(views, view, text) for view in range(len(paths))]
+    cached = extract(paths, encoder, tokens, settings.scales, cache, CONSOLE, settings.clip_features)
+    text = encoder.embed_text(asked).float()
+    similarities = [similarity_maps(cached, view, text) for view in range(len(paths))]
     flat = torch.cat([scale.flatten(0, 1) for view in similarities for scale in view])
     ranges = percentiles(flat[:: 1 + len(flat) // 20000])
     scores = chosen_scores(config.model.class_scores, ranges)
@@ -59,27 +68,27 @@ def main(options: Command) -> None:
         flat = stretched(flat, *ranges)
         similarities = [[stretched(scale, *ranges) for scale in view] for view in similarities]
     shares = win_shares(flat)
-    advice = hints(prompts, flat, shares)
+    advice = hints(asked, flat, shares)
     if config.model.class_scores == "auto" and scores == "relevancy":
-        advice.append(told_scores(prompts, ranges))
+        advice.append(told_scores(asked, ranges))
     for hint in advice:
         CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
     shown = [
         PreviewedView(path.name, read_picture(path).numpy(), [scale.numpy() for scale in maps])
         for path, maps in zip(paths, similarities, strict=True)
     ]
-    sheet = contact_sheet(shown, prompts, palette(len(prompts)), config.datamanager.scales, shares.numpy())
-    write_picture(options.output_path.with_suffix(".png"), sheet)
+    sheet = contact_sheet(shown, asked, palette(len(asked)), config.datamanager.scales, shares.numpy())
+    write_picture(output_path.with_suffix(".png"), sheet)
     summary = {
         "version": __version__,
-        "scene": str(options.data),
+        "scene": str(scene.data),
         "encoder": config.image_text_encoder,
         "views": [path.name for path in paths],
-        "shares": dict(zip(prompts, map(float, shares), strict=True)),
+        "shares": dict(zip(asked, map(float, shares), strict=True)),
         "hints": advice,
     }
-    write_json(options.output_path.with_suffix(".json"), summary)
-    CONSOLE.print(f"Contact sheet: {escape(str(options.output_path.with_suffix('.png')))}")
+    write_json(output_path.with_suffix(".json"), summary)
+    CONSOLE.print(f"Contact sheet: {escape(str(output_path.with_suffix('.png')))}")
 
 
 def similarity_maps(views: CachedViews, view: int, text: Float[Tensor, "C D"]) -> list[Float[Tensor, "rows cols C"]]:
