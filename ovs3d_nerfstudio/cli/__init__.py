@@ -14,8 +14,6 @@ from importlib import import_module
 from importlib.metadata import version
 from inspect import cleandoc
 
-import tyro
-
 from ovs3d_nerfstudio import __version__
 
 SUBCOMMANDS = {
@@ -45,12 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("ovs3d_nerfstudio"):
+            raise
+        print(
+            f"Error: the package '{error.name}' is not installed here; run: pip install 'ovs3d-nerfstudio[demo]', which brings "
+            "all that any subcommand needs.",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
 
 
 def _run(words: Sequence[str]) -> None:
     # Of other packages; what concerns a user is printed, not warned of.
     warnings.filterwarnings("ignore")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    import tyro  # comes with nerfstudio
+
     module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
     # Where a subcommand has subcommands of its own, its `Command` is a union, and the module says what they are.
     purpose = cleandoc((module.Command if isinstance(module.Command, type) else module).__doc__ or "")

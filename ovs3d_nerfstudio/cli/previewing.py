@@ -21,12 +21,10 @@ from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import CachedViews, extract
 from ovs3d_nerfstudio.files import write_json
 from ovs3d_nerfstudio.pictures import read_picture, write_picture
+from ovs3d_nerfstudio.prompts.hints import VOCABULARY, hints, standing
 from ovs3d_nerfstudio.prompts.palette import palette
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
-from ovs3d_nerfstudio.prompts.segmentation import alike, chosen_scores, percentiles, stretched, told_scores
-
-NEVER = 0.005
-"""A prompt that wins less than this share of the pictures is said never to win."""
+from ovs3d_nerfstudio.prompts.segmentation import chosen_scores, percentiles, stretched, told_scores
 
 
 def preview(
@@ -59,16 +57,18 @@ def preview(
     assert cache is not None, "resolved() names one"
     settings = config.datamanager
     cached = extract(paths, encoder, tokens, settings.scales, cache, CONSOLE, settings.clip_features)
-    text = encoder.embed_text(asked).float()
+    text, words = encoder.embed_text(asked).float(), encoder.embed_text(VOCABULARY).float()
     similarities = [similarity_maps(cached, view, text) for view in range(len(paths))]
     flat = torch.cat([scale.flatten(0, 1) for view in similarities for scale in view])
+    of_words = torch.cat([cells @ words.T for view in range(len(paths)) for cells in scale_cells(cached, view)])
+    known = standing(text, words, flat, of_words)
     ranges = percentiles(flat[:: 1 + len(flat) // 20000])
     scores = chosen_scores(config.model.class_scores, ranges)
     if scores == "relevancy":
         flat = stretched(flat, *ranges)
         similarities = [[stretched(scale, *ranges) for scale in view] for view in similarities]
     shares = win_shares(flat)
-    advice = hints(asked, flat, shares)
+    advice = hints(asked, flat, shares, known)
     if config.model.class_scores == "auto" and scores == "relevancy":
         advice.append(told_scores(asked, ranges))
     for hint in advice:
@@ -103,27 +103,3 @@ def similarity_maps(views: CachedViews, view: int, text: Float[Tensor, "C D"]) -
 def win_shares(similarities: Float[Tensor, "n C"]) -> Float[Tensor, " C"]:
     """The share of cells that each prompt wins."""
     return torch.bincount(similarities.argmax(-1), minlength=similarities.shape[1]) / len(similarities)
-
-
-def hints(prompts: list[str], similarities: Float[Tensor, "n C"], shares: Float[Tensor, " C"]) -> list[str]:
-    """Sentences about prompts that never win and pairs that are the same to the encoder.
-
-    `similarities` are those of the cells of all views and scales, `shares` what each prompt wins of them.
-    """
-    said = []
-    for i, prompt in enumerate(prompts):
-        if shares[i] >= NEVER:
-            continue
-        strongest = similarities[:, i].topk(max(1, len(similarities) // 50)).indices
-        rival = int(win_shares(similarities[strongest]).argmax())
-        place = f"; where it fits best, '{prompts[rival]}' fits better" if rival != i else ""
-        said.append(
-            f"'{prompt}' wins almost nowhere ({shares[i]:.1%}){place}. Say what is seen (colour, material), show a view of "
-            "it, or drop it."
-        )
-    for i, j, correlation in alike(similarities):
-        said.append(
-            f"'{prompts[i]}' and '{prompts[j]}' are nearly the same to the encoder (correlation {correlation:.2f}): "
-            "they would share their object between them. Keep one."
-        )
-    return said
