@@ -13,24 +13,29 @@ import random
 import re
 import shutil
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open3d
 import torch
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils import writer
+from PIL import Image
 from quality_references import SPLITS, QualityError, Scores, TrueTeachers, average, lift, pyramid
 
 from ovs3d_nerfstudio.data.annotations import Annotations
+from ovs3d_nerfstudio.engine.checkpoints import checkpoints
 from ovs3d_nerfstudio.evaluation.splits import evaluate_split
 from ovs3d_nerfstudio.models.nerf import OVS3DModelConfig
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 from ovs3d_nerfstudio.prompts.prompts import find_classes_file, read_classes_file
 
 PROCESS = Path("/proc/self")
+SPARSE, SPARSE_NOISE = 10_000, 0.01
+"""Points of the row `init-sparse`, and how far they lie off the surface, as a share of their distance."""
 NEVER = 10**9
 """A step that no run reaches."""
 CHANGES: dict[str, dict[str, Any]] = {
@@ -59,6 +64,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "model.rda_loss_mult": 0.0,
         "model.fda_start": NEVER,
     },
+    "init-random": {"model.random_init": True},
+    "init-sparse": {},  # the scene is given points, the model a run: see `row_config` and `train`
+    "init-nerf": {},
     "pyramid-2d": {},
     "average-3d": {},
     "lift": {},
@@ -167,6 +175,8 @@ def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
     for part in row.split("+"):
         if part.startswith("views-"):
             data = restrict_views(data, int(part[6:]), job.output_dir / "scenes" / f"{job.name}-{part}")
+        if part == "init-sparse":
+            data = with_points(data, job.output_dir / "scenes" / f"{job.name}-{part}")
         if part.startswith("scale-"):
             pipeline.datamanager.scales = (float(part[6:]),)
         if part in ("ovs3d-paper", "paper"):
@@ -201,6 +211,8 @@ def _shorten(config: TrainerConfig, steps: int) -> None:
 
 def train(job: Job, row: str, changes: dict[str, Any]) -> tuple[OVS3DPipeline, dict[str, float | None]]:
     """Trains with nerfstudio's own trainer, as `ns-train` does, without a viewer. Returns the pipeline and the costs."""
+    if "init-nerf" in row.split("+"):
+        changes = changes | {"model.init_from": nerf_run(job)}
     config = row_config(job, row, changes)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(job.seed)
@@ -225,15 +237,60 @@ def train(job: Job, row: str, changes: dict[str, Any]) -> tuple[OVS3DPipeline, d
     return pipeline, costs
 
 
+def nerf_run(job: Job) -> Path:
+    """The folder of the NeRF that `init-nerf` begins with, trained when it is first asked for."""
+    nerf = replace(job, method="ovs3d-lite", steps=None, keep_runs=True)
+    folder = row_config(nerf, "full", {}).get_base_dir()
+    if not checkpoints(folder / "nerfstudio_models"):
+        train(nerf, "full", {})
+    return folder
+
+
+def with_points(scene: Path, folder: Path) -> Path:
+    """A transforms.json in `folder` with sparse points as from COLMAP: some pixels of the training views at their true depth, give
+    or take a little."""
+    root, meta = _rooted(scene)
+    if not (root / "depth").is_dir():
+        raise QualityError(f"The row init-sparse needs the folder {root / 'depth'}; leave the row out.")
+    draw, points, colors = np.random.default_rng(0), [], []
+    train = [frame for frame in meta["frames"] if frame["file_path"] in meta["train_filenames"]]
+    for frame in train:
+        photo = Path(frame["file_path"])
+        steps = np.asarray(Image.open(root / "depth" / f"{photo.stem}.png")).astype(float)
+        y, x = draw.integers(0, steps.shape, (SPARSE // len(train), 2)).T
+        depth = 1e-4 * steps[y, x] * draw.normal(1, SPARSE_NOISE, len(x))
+        rays = [(x + 0.5 - meta["cx"]) / meta["fl_x"], (meta["cy"] - y - 0.5) / meta["fl_y"], -np.ones(len(x))]
+        pose = np.array(frame["transform_matrix"])
+        there = (np.stack(rays, -1) * depth[:, None]) @ pose[:3, :3].T + pose[:3, 3]
+        points.append(there[depth > 0])
+        colors.append(np.asarray(Image.open(photo).convert("RGB"))[y, x][depth > 0] / 255)
+    cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(np.concatenate(points)))
+    cloud.colors = open3d.utility.Vector3dVector(np.concatenate(colors))
+    shutil.copytree(root / "segmentations", folder / "segmentations", dirs_exist_ok=True)
+    open3d.io.write_point_cloud(str(folder / "sparse_pc.ply"), cloud)
+    (folder / "transforms.json").write_text(json.dumps(meta | {"ply_file_path": "sparse_pc.ply"}))
+    return (folder / "transforms.json").resolve()
+
+
+def _rooted(scene: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a scene and its transforms.json, which may lie elsewhere: its paths are absolute."""
+    file = scene if scene.is_file() else scene / "transforms.json"
+    root, meta = file.parent.resolve(), json.loads(file.read_text())
+    for key in ("train_filenames", "val_filenames", "test_filenames"):
+        meta[key] = [str(root / name) for name in meta.get(key, [])]
+    for frame in meta["frames"]:
+        frame |= {key: str(root / frame[key]) for key in ("file_path", "mask_path", "depth_file_path") if key in frame}
+    return root, meta
+
+
 def restrict_views(scene: Path, count: int, folder: Path) -> Path:
     """A transforms.json in `folder` with `count` training views, evenly chosen; held-out views and poses are the same.
 
     Annotated training views take the places of their nearest neighbours, so that every row is measured on the same views.
     """
-    file = scene if scene.is_file() else scene / "transforms.json"
-    root, meta = file.parent.resolve(), json.loads(file.read_text())
-    if "train_filenames" not in meta:
-        raise QualityError(f"{file} does not list its train_filenames, so no view can be left out; leave views-N out.")
+    root, meta = _rooted(scene)
+    if not meta["train_filenames"]:
+        raise QualityError(f"{scene} does not list its train_filenames, so no view can be left out; leave views-N out.")
     names = sorted(meta["train_filenames"])
     chosen = set(np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int).tolist())
     stems = Annotations(root, [Path(frame["file_path"]) for frame in meta["frames"]]).views
@@ -243,10 +300,6 @@ def restrict_views(scene: Path, count: int, folder: Path) -> Path:
             chosen.remove(min(chosen.difference(annotated), key=lambda j: abs(j - i)))
             chosen.add(i)
     meta["train_filenames"] = [names[i] for i in sorted(chosen)]
-    for key in ("train_filenames", "val_filenames", "test_filenames"):
-        meta[key] = [str(root / name) for name in meta.get(key, [])]
-    for frame in meta["frames"]:
-        frame |= {key: str(root / frame[key]) for key in ("file_path", "mask_path", "depth_file_path") if key in frame}
     # A copy: links that lead out of a scene are not followed.
     shutil.copytree(root / "segmentations", folder / "segmentations", dirs_exist_ok=True)
     (folder / "transforms.json").write_text(json.dumps(meta))

@@ -11,10 +11,12 @@ import numpy as np
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 
+from ovs3d_nerfstudio.data.ways import STAY, back, way_of
 from ovs3d_nerfstudio.files import mask_stem, write_json
+from ovs3d_nerfstudio.gaussians.splat_files import splat_table
+from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
 from ovs3d_nerfstudio.objects.points import Found, SceneObject
-from ovs3d_nerfstudio.objects.splat_table import splat_table
 from ovs3d_nerfstudio.objects.thumbnails import crops
 from ovs3d_nerfstudio.pictures import write_picture
 from ovs3d_nerfstudio.ply import vertex_table, with_labels, write_ply
@@ -62,11 +64,14 @@ def write_catalogue(
     samples = run.samples()
     if table is None:
         cloud = samples.labelled(run.question(prompts, threshold))
-        if run.is_splat:
-            table = with_labels(splat_table(run.pipeline.model), cloud.class_id, cloud.probability)  # type: ignore[arg-type]
+        model = run.pipeline.model
+        table_frame = frame
+        if isinstance(model, OVS3DSplatModel):
+            way = back(way_of(run.frame)) if frame == "data" else STAY
+            table = with_labels(splat_table(model.splat.to("cpu").moved(way)), cloud.class_id, cloud.probability)
         else:
             positions = run.frame.to_data(cloud.positions) if frame == "data" else cloud.positions
-            table, table_frame = vertex_table(positions, cloud.colors, cloud.class_id, cloud.probability), frame
+            table = vertex_table(positions, cloud.colors, cloud.class_id, cloud.probability)
     views = crops(
         samples.positions, [thing.members for thing in found.objects], run.pipeline.datamanager.train_dataset.cameras
     )

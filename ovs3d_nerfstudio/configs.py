@@ -242,6 +242,15 @@ _splat_lite = _splat(
     **_OFFLINE,
 )
 
+
+def semantics_alone(config: OVS3DTrainerConfig, steps: int) -> None:
+    """Turns a method for Gaussians into `steps` steps of semantics on Gaussians that stand still from the first on."""
+    model: Any = config.pipeline.model
+    model.semantics_start, model.fda_start = 0, steps // 12
+    config.max_num_iterations = steps
+    config.optimizers |= {name: group for name, group in _optimizers(steps).items() if name in config.optimizers}
+
+
 ovs3d = MethodSpecification(
     _best, "3D-OVS with patches unmixed: open-vocabulary 3D segmentation from photos and prompts; one GPU of 8–16 GB."
 )

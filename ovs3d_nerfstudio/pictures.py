@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -39,6 +41,21 @@ class Header:
 def list_pictures(folder: Path) -> list[Path]:
     """The pictures of a folder, sorted by name; none where there is no folder."""
     return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+
+
+def view_names(photos: Iterable[Path]) -> dict[Path, str]:
+    """The name of each photo's view: its path below the folder that holds all of them, without suffix, so that `a/0.png` and
+    `b/0.png` are two. Raises PictureError when two photos would have one name."""
+    files = list(dict.fromkeys(photos))
+    folder = os.path.commonpath([file.parent for file in files]) if files else ""
+    names = {file: file.relative_to(folder).with_suffix("").as_posix() for file in files}
+    taken: dict[str, Path] = {}
+    for file, name in names.items():
+        if taken.setdefault(name, file) is not file:
+            raise PictureError(
+                f"{taken[name]} and {file} would both be the view {name}; rename one of them, in the data too."
+            )
+    return names
 
 
 def picture_header(path: Path) -> Header:
@@ -82,6 +99,19 @@ def read_picture(path: Path) -> UInt8[Tensor, "H W 3"]:
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return torch.from_numpy(np.array(picture))
+
+
+def read_mask(path: Path, scale_factor: float = 1.0) -> Bool[Tensor, "H W 1"]:
+    """Which pixels of a photo count: those whose number in the mask is not 0. Raises PictureError when the file is no picture."""
+    try:
+        with Image.open(path) as picture:
+            mask: Image.Image = picture
+            if scale_factor != 1.0:
+                width, height = (int(side * scale_factor) for side in picture.size)
+                mask = picture.resize((width, height), Image.Resampling.NEAREST)
+            return torch.from_numpy(np.asarray(mask) != 0)[..., None]
+    except Exception as error:  # decoders let out whatever a broken file provokes
+        raise _unreadable(path, error) from error
 
 
 def _transparent(picture: Image.Image) -> bool:

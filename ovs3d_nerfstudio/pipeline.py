@@ -29,8 +29,10 @@ from ovs3d_nerfstudio.errors import CommandError, reason, user_errors
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
 from ovs3d_nerfstudio.features.basis import Basis, fit_basis
 from ovs3d_nerfstudio.memory import told_what_to_lower
+from ovs3d_nerfstudio.models.brought import begin_from
 from ovs3d_nerfstudio.models.nerf import OVS3DModelConfig
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
+from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts.palette import save_legend
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
@@ -47,6 +49,8 @@ WITHOUT_PROMPTS = (
     "`ovs3d render`, `objects` and `export`, or from Python; the output features_pca shows what it has learned."
 )
 """What a run without prompts is good for."""
+OF_VIEWS = {"_model.camera_optimizer.pose_adjustment", "_model.field.embedding_appearance.embedding.weight"}
+"""Parameters with a row for each training view."""
 SAMPLE_CELLS = 8192
 """Cells kept in a run to know the range of similarities in its scene."""
 
@@ -86,10 +90,14 @@ class OVS3DPipeline(VanillaPipeline):
     ):
         with user_errors():
             check_options(config)
+            if test_mode == "val":
+                check_read(config)
             check_device("--machine.device-type", str(device))
             if test_mode == "val":
                 encoders(config.image_text_encoder, config.token_encoder, device)  # before the data are read
         config.model.num_scales = len(config.datamanager.scales)
+        if _brought(config) is not None:
+            config.datamanager.find_seeds = False  # type: ignore[attr-defined]
         # As if alone: nerfstudio would wrap the model for gradients to be averaged right away, when its parameters do not
         # have their sizes yet, and for CUDA only. See `prepare_features`.
         super().__init__(config, device, test_mode, grad_scaler=grad_scaler)
@@ -108,7 +116,9 @@ class OVS3DPipeline(VanillaPipeline):
             if test_mode == "val":
                 data = self.datamanager.config.data
                 self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
-                CONSOLE.print(escape(origin if self.chosen_prompts else f"{origin} {WITHOUT_PROMPTS}"))
+                CONSOLE.print(
+                    escape(origin if self.chosen_prompts or _brought(config) else f"{origin} {WITHOUT_PROMPTS}")
+                )
                 for remark in self.model.remarks:
                     CONSOLE.print(escape(remark))
             evaluator = self.evaluator = self.model.evaluator = self._evaluator()
@@ -123,6 +133,20 @@ class OVS3DPipeline(VanillaPipeline):
             return None
         split = datamanager.eval_dataset.image_filenames
         return Evaluator.of_scene(Path(data), split, [*datamanager.train_dataset.image_filenames, *split])
+
+    def _begin(self, resumed: bool) -> None:
+        """Takes up what is brought along, unless a checkpoint holds it already; prompts where none are given."""
+        source = _brought(self.config)
+        if source is None:
+            return
+        if not resumed:
+            assert isinstance(self.model, OVS3DSplatModel), "no other model has the option"
+            for sentence in begin_from(source, self.model, self.datamanager):
+                CONSOLE.print(escape(sentence))
+        config, known = self.config, self.model.segmenter.trained_prompts
+        if known and not config.prompts and config.prompts_file is None:
+            self.chosen_prompts, config.prompts = list(known), "; ".join(known)
+            CONSOLE.print(escape(f"Prompts of what training begins with: {config.prompts}."))
 
     @property
     def has_masks(self) -> bool:
@@ -203,9 +227,13 @@ class OVS3DPipeline(VanillaPipeline):
             check_implementation(loaded_state, self.model.state_dict())
             try:
                 self.model.update_to_step(step)
-                self.load_state_dict(
-                    {key.removeprefix("module."): value for key, value in loaded_state.items()}, strict=True
-                )
+                state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
+                views = state.pop("datamanager._extra_state", None)  # a run of version 0.2 has none
+                if views is not None:
+                    self.datamanager.set_extra_state(views)
+                    for name in OF_VIEWS & state.keys():
+                        state[name] = self.datamanager.of_each_view(state[name])
+                self.load_state_dict(state, strict=True)
                 known, basis = self.model.semantic_field.dim, self.model.segmenter.basis
                 if basis.numel() and known != basis.shape[1]:
                     raise ValueError(
@@ -222,6 +250,8 @@ class OVS3DPipeline(VanillaPipeline):
     ) -> list[TrainingCallback]:
         trainer = training_callback_attributes.trainer
         self.optimizers = training_callback_attributes.optimizers
+        with user_errors():
+            self._begin(resumed=trainer is not None and trainer._start_step > 0)
         if trainer is not None:
             self.run_folder = trainer.base_dir
             if ranks.rank() == 0:
@@ -304,6 +334,11 @@ def told_figures(metrics: Mapping[str, Any]) -> str:
     return "\n".join([", ".join(said), *(["IoU: " + ", ".join(classes)] if classes else [])])
 
 
+def _brought(config: OVS3DPipelineConfig) -> Path | None:
+    """What training begins with, if something is brought along."""
+    return getattr(config.model, "init_from", None)
+
+
 def check_options(config: OVS3DPipelineConfig) -> None:
     """Raises OptionError for the first option of `config` that cannot work."""
     model, datamanager = config.model, config.datamanager
@@ -317,4 +352,14 @@ def check_options(config: OVS3DPipelineConfig) -> None:
         raise OptionError(
             f"--pipeline.model.semantic-max-res {model.semantic_max_res} is less than "
             f"--pipeline.model.semantic-base-res {model.semantic_base_res}; give at least that."
+        )
+
+
+def check_read(config: OVS3DPipelineConfig) -> None:
+    """Raises OptionError for an option of nerfstudio's that was given and that nobody reads."""
+    indices = getattr(config.datamanager, "eval_image_indices", (0,))
+    if indices != (0,):
+        raise OptionError(
+            f"--pipeline.datamanager.eval-image-indices {' '.join(map(str, indices or ['None']))} does nothing, as nerfstudio has "
+            "the option and reads it nowhere; leave it out. All held-out photos are evaluated."
         )

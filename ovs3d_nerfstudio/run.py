@@ -28,7 +28,7 @@ from ovs3d_nerfstudio.memory import told_what_to_lower
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
 from ovs3d_nerfstudio.objects.points import Found, SceneObject, find_objects
-from ovs3d_nerfstudio.objects.samples import Samples, directions_at, gaussians, sample_cloud
+from ovs3d_nerfstudio.objects.samples import Neighbours, Samples, directions_at, gaussians, sample_cloud
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 from ovs3d_nerfstudio.prompts.answers import Answering, Question, unpacked
 from ovs3d_nerfstudio.prompts.embedding import Embedder
@@ -111,6 +111,7 @@ class Run:
         self._embed = Embedder(pipeline.device)
         self._questions: OrderedDict[Any, Question] = OrderedDict()
         self._samples: Samples | None = None
+        self._neighbours: Neighbours | None = None
         self._asking, self._sampling = threading.Lock(), threading.Lock()
 
     @property
@@ -174,7 +175,8 @@ class Run:
         frame: FrameName = "data",
         threshold: float | None = None,
     ) -> PointLabels:
-        """What each point belongs to, by the semantic field at the very point: ask for points that lie on something.
+        """What each point belongs to: by the semantic field of a NeRF at the very point, by the nearest Gaussians of a splat. There
+        is an answer in thin air too: ask for points that lie on something.
 
         Args:
             xyz: points in `frame`.
@@ -186,14 +188,14 @@ class Run:
             RunError: points, frame or threshold are no such; or as `ask`.
         """
         question = self.question(prompts, threshold)
-        labels, probabilities = _answers(question, directions_at(self.pipeline.model, self._points(xyz, frame)))
+        labels, probabilities = _answers(question, self._directions_at(self._points(xyz, frame)))
         return PointLabels(list(question.segmenter.prompts), labels, probabilities)
 
     def winners_at(
         self, xyz: Float[np.ndarray, "N 3"], prompts: Sequence[str] | None = None, *, frame: FrameName = "data"
     ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
         """As `label_points`, with the probability of the winner alone: for millions of points and many prompts."""
-        directions = directions_at(self.pipeline.model, self._points(xyz, frame))
+        directions = self._directions_at(self._points(xyz, frame))
         labels, probability = self.question(prompts).winners(directions)
         return labels.numpy(), probability.numpy()
 
@@ -207,7 +209,7 @@ class Run:
             RunError: points or frame are no such.
         """
         basis = self._trained.basis
-        directions = directions_at(self.pipeline.model, self._points(xyz, frame))
+        directions = self._directions_at(self._points(xyz, frame))
         wide = in_parts(directions, lambda part: (unpacked(part.to(basis.device)) @ basis.T).cpu())
         return torch.nn.functional.normalize(wide, dim=-1).numpy()
 
@@ -312,6 +314,16 @@ class Run:
             if self._samples is None:
                 self._samples = self._sampled()
             return self._samples
+
+    def _directions_at(self, positions: Float[np.ndarray, "N 3"]) -> Tensor:
+        """Normalised coefficients at points of the model's frame, `packed`, on the CPU."""
+        if not self.is_splat:
+            return directions_at(self.pipeline.model, positions)
+        splat = self.samples()
+        with self._sampling:
+            if self._neighbours is None:
+                self._neighbours = Neighbours(splat)
+        return self._neighbours.directions_at(positions)
 
     def _sampled(self) -> Samples:
         model = self.pipeline.model

@@ -13,9 +13,9 @@ from nerfstudio.engine.trainer import TrainerConfig
 
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints, read_checkpoint
 from ovs3d_nerfstudio.engine.option_checks import check_device
+from ovs3d_nerfstudio.engine.run_config import RunLoader
 from ovs3d_nerfstudio.errors import CommandError, errors_raised, reason
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
-from ovs3d_nerfstudio.run_config import RunLoader
 
 
 def open_run(

@@ -32,8 +32,9 @@ def true_view(scene: Path, view: int) -> tuple[Camera, np.ndarray]:
     return camera, cast(demo_solids(), camera)[1]
 
 
-def answers_are_those_of_its_pictures(run: Run, scene: Path) -> None:
-    """Views, points and features of a run say the same, in the coordinates of the data."""
+def answers_are_those_of_its_pictures(run: Run, scene: Path, depth_error: float = np.inf) -> None:
+    """Views, points and features of a run say the same, in the coordinates of the data; the median error of depth, of a run whose
+    geometry is good, is at most a share of it."""
     pose, intrinsics, size = pinhole(scene, 2)
     view = run.render_view(pose, intrinsics, size)
     model, cameras = run.pipeline.model, run.pipeline.datamanager.train_dataset.cameras
@@ -44,16 +45,20 @@ def answers_are_those_of_its_pictures(run: Run, scene: Path) -> None:
     labels = model.segmenter.labels_of(shown["segmentation"]).cpu().numpy()
     assert (view.labels == labels)[there].mean() > 0.99 and (view.labels == -1)[~there].all()
     assert np.isnan(view.depth[~there]).all() and np.allclose(view.probabilities.sum(-1), 1, atol=1e-4)
+    z = shown["depth"][..., 0].cpu()
+    if not run.is_splat:  # along the ray
+        z = z * (cameras[2:3].generate_rays(0).directions @ -cameras.camera_to_worlds[2, :, 2]).view_as(z)
+    assert np.allclose(view.depth[there] * run.frame.scale, z.numpy()[there], rtol=0.01)
     # Depth and where it leads to, as the scene truly is.
     _, depth = true_view(scene, 2)
     seen = there & np.isfinite(depth)
-    assert np.median(np.abs(view.depth - depth)[seen] / depth[seen]) < 0.05
+    assert np.median(np.abs(view.depth - depth)[seen] / depth[seen]) < depth_error
     cols, rows = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
     (fx, _, cx), (_, fy, cy), _ = intrinsics
     rays = np.stack([(cols - cx) / fx, (cy - rows) / fy, -np.ones_like(rows)], -1)
     points = ((rays * view.depth[..., None]) @ pose[:3, :3].T + pose[:3, 3])[there]
     found = run.label_points(points)
-    assert (found.labels == view.labels[there]).mean() > 0.8 and found.prompts == view.prompts == run.prompts
+    assert (found.labels == view.labels[there]).mean() > 0.6 and found.prompts == view.prompts == run.prompts
     assert found.probabilities.shape == (len(points), len(run.prompts)) == (len(points), len(run.colors))
     again = run.label_points(run.frame.to_model(points), frame="model")
     assert (again.labels == found.labels).mean() > 0.999

@@ -61,6 +61,15 @@ def one_place(listed: list[dict]) -> list[dict]:
     return [entry | {"transform_matrix": listed[0]["transform_matrix"]} for entry in listed]
 
 
+def fisheye(listed: list[dict]) -> list[dict]:
+    return [entry | {"camera_model": "OPENCV_FISHEYE", "k1": 0.1} for entry in listed]
+
+
+def turned(listed: list[dict], signs: list[int]) -> list[dict]:
+    """The frames with columns of their poses negated."""
+    return [entry | {"transform_matrix": (np.array(entry["transform_matrix"]) * signs).tolist()} for entry in listed]
+
+
 def picture(content: bytes | Image.Image, name: str = "03.png"):
     """One picture replaced."""
 
@@ -157,10 +166,47 @@ TRANSFORMS = {
     "a negative width": (meta(w=-48), "has the w -48"),
     "no height": (meta(h=None), "has the h None"),
     "distortion of text": (meta(k1="much"), ["NerfstudioDataParserConfig cannot read", "much"]),
+    "a camera model in a frame": (
+        frame(camera_model="OPENCV_FISHEYE"),
+        ["frame 3 (images/03.png)", "'OPENCV_FISHEYE'", "the top of the file (OPENCV"],
+    ),
+    "a camera model in all frames": (
+        lambda scene: [meta(camera_model=...)(scene), frames(fisheye)(scene)],
+        ["frame 0", "'OPENCV_FISHEYE'", "write it there"],
+    ),
+    "an unknown camera model in a frame": (frame(camera_model="LENS"), ["frame 3", "'LENS'"]),
+    "a fisheye of another program": (meta(is_fisheye=True), ["is_fisheye", '"camera_model": "OPENCV_FISHEYE"']),
+    "distortion in a frame and at the top": (
+        lambda scene: [meta(k1=0.1)(scene), frame(k1=0.2)(scene)],
+        ["frame 3 (images/03.png) has the k1 0.2, but what counts is 0.1"],
+    ),
+    "other distortion in a frame than at the top": (
+        lambda scene: [meta(k1=0.1)(scene), frame(p2=0.2)(scene)],
+        ["frame 3 (images/03.png) has the p2 0.2, but what counts is 0.0"],
+    ),
+    "a focal length in a frame and at the top": (frame(fl_x=60), ["the fl_x 60, but what counts is 50"]),
+    "k4 alone": (meta(k4=0.1), "no k4"),
+    "two frames of one picture": (
+        frame(file_path="images/../images/02.png"),
+        ["frame 3 (images/../images/02.png) is the picture of frame 2 too"],
+    ),
+    "mirrored cameras": (frames(lambda listed: turned(listed, [1, 1, -1, 1])), ["cameras", "are mirrored", "negate"]),
+    "a mirrored camera": (
+        frame(transform_matrix=np.diag([1.0, -1, 1, 1]).tolist()),
+        ["1 of 6 cameras", "3 (counted from 0)"],
+    ),
     "some masks": (frame(mask_path="masks/3.png"), "a mask_path for 1 of 7 frames"),
 }
 
 SPLITS = {
+    "two views of one name": (
+        lambda scene: [
+            shutil.copy(scene / "images" / "03.png", scene / "images" / "02.webp"),
+            frame(file_path="images/02.webp")(scene),
+            meta(train_filenames=["images/02.png", "images/02.webp", "images/01.png"])(scene),
+        ],
+        ["images/02.png", "images/02.webp", "both be the view 02"],
+    ),
     "a split of no frame": (meta(val_filenames=["images/99.png"]), ["cannot read", "99.png"]),
     "a split left out": (meta(val_filenames=...), ["train_filenames and test_filenames, but no val_filenames"]),
     "the split left out that opening needs": (meta(test_filenames=...), ["but no test_filenames", "cannot be opened"]),
@@ -211,6 +257,7 @@ ANNOTATIONS = {
     "a mask of zero bytes": (annotation(GRASS, b""), "grass.png cannot be read as a picture (it is empty)"),
     "a mask of another shape": (annotation(GRASS, Image.new("L", (HEIGHT, WIDTH))), ["36 by 48", "48 by 36"]),
     "a mask of 0 and 1": (annotation(GRASS, Image.new("L", (WIDTH, HEIGHT), 1)), "0 and 1 only"),
+    "a JPEG as mask": (annotation("06/sheep.jpg", Image.new("L", (WIDTH, HEIGHT))), ["sheep.jpg", "save it as PNG"]),
     "two masks of a class": (annotation("06/GRASS.png", Image.new("L", (WIDTH, HEIGHT))), "masks of one class"),
     "classes of one mask name": (annotation("classes.txt", "a/b\na:b\n"), ["a_b.png", "rename"]),
 }
@@ -327,3 +374,58 @@ def test_a_picture_too_small_for_its_patches_is_refused_before_anything_is_extra
     config.pipeline.datamanager.scales = (2.0, 10.0)
     said = refused(capsys, tmp_path, lambda: opened(config), ["00.png", "48×36 pixels", "1/10"])
     assert "needs 40 pixels" in said
+
+
+def smaller(scene: Path) -> None:
+    """Photos in folders, some of one name, and their smaller copies where nerfstudio looks for them: in one folder."""
+    content = json.loads((scene / "transforms.json").read_text())
+    (scene / "images_2").mkdir()
+    names = {}
+    for i, entry in enumerate(content["frames"]):
+        old = scene / entry["file_path"]
+        names[entry["file_path"]] = entry["file_path"] = f"images/{'ab'[i % 2]}/{i // 2}.png"
+        (scene / entry["file_path"]).parent.mkdir(exist_ok=True)
+        with Image.open(old) as photo:
+            photo.resize((WIDTH // 2, HEIGHT // 2)).save(scene / "images_2" / f"{i // 2}.png")
+        old.rename(scene / entry["file_path"])
+    for split in ("train", "val", "test"):
+        content[f"{split}_filenames"] = [names[name] for name in content[f"{split}_filenames"]]
+    shutil.rmtree(scene / "segmentations")
+    (scene / "transforms.json").write_text(json.dumps(content))
+
+
+def test_smaller_photos_that_are_one_file_for_two_cameras_are_refused(small, tmp_path, capsys):
+    smaller(small)
+    config = small_config(small)
+    config.pipeline.datamanager.scales = (1.0,)
+    config.pipeline.datamanager.dataparser.downscale_factor = 2
+    refused(capsys, tmp_path, lambda: opened(config), ["images_2/", "two cameras", "--downscale-factor 1"])
+    config.pipeline.datamanager.dataparser.downscale_factor = 1
+    config.pipeline.prompts = "grass"
+    opened(config)
+
+
+def test_a_question_on_the_terminal_is_a_sentence_that_names_the_option(small, tmp_path, capsys):
+    from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
+
+    model = small / "colmap" / "sparse" / "0"
+    model.mkdir(parents=True)
+    (model / "cameras.txt").write_text(f"1 PINHOLE {WIDTH} {HEIGHT} 50 50 24 18\n")
+    (model / "images.txt").write_text(
+        "".join(f"{i + 1} 1 0 0 0 {i / 9} {i % 3 / 5} 0 1 {i:02d}.png\n\n" for i in range(VIEWS))
+    )
+    (model / "points3D.txt").write_text("1 1 0 0 9 9 9 0.1 1 0\n")
+    config = small_config(small)
+    config.pipeline.datamanager.dataparser = ColmapDataParserConfig(downscale_factor=2)
+    refused(capsys, tmp_path, lambda: opened(config), ["downscale the images", "--downscale-factor 1"])
+
+
+def test_an_error_that_is_no_parsers_is_not_blamed_on_the_data(small, monkeypatch):
+    from ovs3d_nerfstudio.data.dataset import OVS3DDataset
+
+    def broken(self, image_idx):
+        raise TypeError("function takes exactly 2 arguments (1 given)")
+
+    monkeypatch.setattr(OVS3DDataset, "get_numpy_image", broken)
+    with pytest.raises(TypeError, match="exactly 2 arguments"):
+        opened(small_config(small))

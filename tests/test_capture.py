@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.configs.method_configs import all_methods
 
 from ovs3d_nerfstudio.data.capture import capture_of, nearest_to_axes, turn_of
+from ovs3d_nerfstudio.data.scene_checks import SceneError, axes_remark, check_cameras
 from ovs3d_nerfstudio.demo.raycast import Camera
 from ovs3d_nerfstudio.demo.scene import train_cameras
 
@@ -70,6 +72,41 @@ def test_looking_straight_down_is_from_the_front():
 def test_the_demo_is_captured_from_the_front():
     capture = capture_of(torch.stack([torch.from_numpy(camera.pose[:3]) for camera in train_cameras(40, 400)]))
     assert not capture.around and 80 < capture.turn < 100
+
+
+SCENES = {"arc": ring(range(-60, 61, 10)), "full turn": ring(range(0, 360, 20)), "narrow": ring(range(0, 25, 5))}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_poses_in_opencv_axes_are_said_before_training(name):
+    right = moved(SCENES[name], 1.0)
+    assert axes_remark(capture_of(right)) is None
+    said = axes_remark(capture_of(right * torch.tensor([1.0, -1, -1, 1])))
+    if name == "narrow":  # too little turning to tell
+        assert said is None
+    else:
+        assert "100% of them have behind them" in said and "negate the columns 1 and 2" in said
+
+
+def test_odd_cameras_are_said_of_data_that_is_trained_on_and_not_of_a_run_that_is_opened(capsys):
+    poses = ring(range(0, 360, 20)).float() * torch.tensor([1.0, -1, -1, 1])
+    cameras = Cameras(poses, 9.0, 9.0, 2.0, 2.0, 4, 4)
+    check_cameras(cameras, "it")
+    assert "OpenCV's axes" in " ".join(capsys.readouterr().out.split())
+    check_cameras(cameras, "it", for_training=False)
+    cameras.camera_to_worlds = poses * torch.tensor([1.0, 1, -1, 1])
+    check_cameras(cameras, "it", for_training=False)
+    assert not capsys.readouterr().out
+    with pytest.raises(SceneError, match="18 of 18 cameras of it are mirrored"):
+        check_cameras(cameras, "it")
+
+
+def test_panoramas_are_captured_neither_from_the_front_nor_all_around(capsys):
+    poses = ring(range(0, 360, 20)).float()
+    cameras = Cameras(poses, 4.0, 2.0, 2.0, 1.0, 4, 2, camera_type=CameraType.EQUIRECTANGULAR)
+    capture = check_cameras(cameras, "it")
+    assert capture.described == "in panoramas, which see all around" and capture.start() == (0.3, 0.05)
+    assert axes_remark(capture) is None
 
 
 def test_the_common_point_is_where_axes_cross():

@@ -192,6 +192,33 @@ def test_a_mesh_carries_the_labels_of_its_places(trained, tmp_path):
         assert (vertices["class_id"][labels == run.prompts.index(prompt)] == number).all()
 
 
+EMPTY = ["--obb-center", 50, 50, 50, "--obb-rotation", 0, 0, 0, "--obb-scale", 1, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pointcloud", "mesh"])
+def test_an_empty_box_ends_with_a_sentence(trained, tmp_path, ovs3d, kind):
+    words = ["export", kind, "--load-config", trained[0], "--output-dir", tmp_path, *EMPTY]
+    words += ["--num-points", 2000, "--num-rays-per-batch", 256] if kind == "pointcloud" else ["--downscale", 4]
+    status, printed = ovs3d(*words)
+    assert status == 1 and ("lies in the box" in printed or "no surface in the box at 50 50 50" in printed)
+    assert not list(tmp_path.glob("*.ply"))
+
+
+@pytest.mark.slow
+def test_points_are_limited_to_an_objects_box(trained, tmp_path, ovs3d):
+    box = {"min": [-1.0, -1, -0.5], "max": [1.0, 0.5, 1]}
+    listed = json.dumps({"frame": "data", "objects": [{"id": 4, "box": box}]})
+    (tmp_path / "objects.json").write_text(listed)
+    words = ["--load-config", trained[0], "--output-dir", tmp_path, "--num-points", 500, "--num-rays-per-batch", 512]
+    assert ovs3d("export", "pointcloud", *words, "--object", 4, "--farthest", 0, "--std-ratio", 0)[0] == 0
+    vertices = PlyData.read(str(tmp_path / "point_cloud.ply"))["vertex"].data
+    points, margin = np.stack([vertices[axis] for axis in "xyz"], -1), 0.06 * np.linalg.norm([2, 1.5, 1.5])
+    assert len(points) and (points >= np.array(box["min"]) - margin).all()
+    assert (points <= np.array(box["max"]) + margin).all()
+    assert (tmp_path / "objects.json").read_text() == listed  # the list that the object was taken from stays
+
+
 @pytest.fixture(scope="module")
 def splat(trained, scene, tmp_path_factory) -> tuple[Path, Path]:
     """What `ns-export gaussian-splat` writes of a splatfacto run on the demo scene, and that run's config.

@@ -36,6 +36,15 @@ def test_masks_are_read_back_as_annotations_whatever_the_prompts_are_called(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_views_in_folders_keep_masks_of_their_own(tmp_path):
+    folder = LabelFolder(tmp_path, ["cat", "dog"], palette(2), masks=True)
+    for view, label in (("a/0", 0), ("b/0", 1)):
+        folder.write(Path(view), np.full((2, 2), label))
+    annotations = Annotations(tmp_path, [Path("images/a/0.jpg"), Path("images/b/0.jpg")])
+    assert annotations.views == ["a/0", "b/0"]
+    assert [int(annotations.labels(view, 2, 2).max()) for view in annotations.views] == [0, 1]
+
+
 def test_two_prompts_with_one_mask_are_refused_unless_masks_are_left_out(tmp_path):
     with pytest.raises(CommandError, match=r"both have the mask A_b\.png"):
         LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=True)

@@ -153,3 +153,11 @@ def test_features_are_extracted_of_the_parsers_training_photos(llff, ovs3d):
     assert status == 0 and "0 of 11 views are cached" in printed
     status, printed = ovs3d(*words, "ovs3d-data")
     assert status == 0 and "0 to make" in printed
+
+
+def test_photos_that_cannot_be_read_are_said_by_name(llff, capsys):
+    for name in ("IMG_1.HEIC", "IMG_2.heic", ".hidden.heic"):
+        (llff / "images" / name).touch()
+    outputs(llff)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 photos of" in printed and "IMG_1.HEIC, IMG_2.heic. Save them as JPEG" in printed

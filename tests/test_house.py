@@ -12,7 +12,7 @@ FLOORS = (
     ("demo",),
     ("catalogue", "doctor"),
     ("run",),
-    ("run_files", "run_config", "configs"),
+    ("run_files", "configs"),
     ("evaluation.splits", "objects"),
     ("pipeline",),
     ("evaluation",),

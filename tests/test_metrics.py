@@ -15,8 +15,10 @@ from scipy.ndimage import binary_erosion
 from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 
 from ovs3d_nerfstudio.data.annotations import AnnotationError, Annotations
+from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
 from ovs3d_nerfstudio.evaluation.metrics import boundary_iou, match_classes, relabel, summarise, view_metrics
 from ovs3d_nerfstudio.files import mask_stem
+from ovs3d_nerfstudio.pictures import PictureError, view_names
 
 CLASSES = 6
 
@@ -218,6 +220,40 @@ def test_views_are_named_by_the_stem_of_their_photo_or_else_all_by_its_index(sce
     assert (annotations.labels("frame_00003", 12, 16) == 0).all()
     # `02` is a stem here, but `00` is not: mixing the two readings would give one photo two annotations.
     assert Annotations(scene, [Path("02.jpg"), Path("05.jpg"), Path("08.jpg")]).views == ["02", "08"]
+
+
+def test_views_in_folders_are_named_by_their_paths(scene):
+    photos = [Path(f"images/{name}.jpg") for name in ("a/0", "b/0", "b/00", "c/02")]
+    assert Annotations(scene, photos).views == ["b/00", "c/02"]  # by stems that are one photo's alone
+    (scene / "segmentations" / "00").rename(scene / "segmentations" / "0")
+    with pytest.raises(AnnotationError, match=r"0 could be of a/0 or b/0; name it .* segmentations/a/0\."):
+        Annotations(scene, photos)
+    (scene / "segmentations" / "a").mkdir()
+    (scene / "segmentations" / "0").rename(scene / "segmentations" / "a" / "0")
+    annotations = Annotations(scene, photos)
+    assert annotations.views == ["a/0", "c/02"]
+    evaluator = Evaluator.of_scene(scene, photos[:2], photos)
+    assert evaluator.views == ["a/0", "b/0"]
+    assert evaluator.truth(0, 12, 16) is not None and evaluator.truth(1, 12, 16) is None
+
+
+def test_views_of_one_name_are_refused():
+    assert view_names([Path("/x/1/a.png"), Path("/x/2/a.png")]) == {
+        Path("/x/1/a.png"): "1/a",
+        Path("/x/2/a.png"): "2/a",
+    }
+    assert view_names([Path("/x/a.b.png")] * 2) == {Path("/x/a.b.png"): "a.b"} and view_names([]) == {}
+    with pytest.raises(PictureError, match=r"a\.png and /x/a\.jpg would both be the view a"):
+        view_names([Path("/x/a.png"), Path("/x/a.jpg")])
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif"])
+def test_masks_may_have_any_exact_format(scene, suffix):
+    before = Annotations(scene).labels("00", 12, 16)
+    with Image.open(scene / "segmentations" / "00" / "grass.png") as mask:
+        mask.save(scene / "segmentations" / "00" / f"grass.{suffix}")
+    (scene / "segmentations" / "00" / "grass.png").unlink()
+    assert np.array_equal(Annotations(scene).labels("00", 12, 16), before)
 
 
 def test_a_class_name_that_no_file_can_bear_finds_its_mask_and_never_leaves_the_folder(scene):

@@ -15,8 +15,8 @@ from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 
 from ovs3d_nerfstudio.engine.checkpoints import checkpoint_path, write_checkpoint
+from ovs3d_nerfstudio.engine.run_config import RunLoader
 from ovs3d_nerfstudio.errors import UserError
-from ovs3d_nerfstudio.run_config import RunLoader
 from ovs3d_nerfstudio.run_files import open_run, our_methods
 
 

@@ -146,6 +146,23 @@ def test_a_whole_pipeline_keeps_the_frame_of_its_checkpoint(turned, tmp_path):  
             opened(small_config(turned[0]), "inference").load_pipeline({**state, "datamanager._extra_state": broken}, 1)
 
 
+def test_what_is_learned_for_each_view_stays_with_it(turned, tmp_path):  # noqa: F811
+    def pipeline(scene):
+        config = small_config(scene)
+        config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+        return opened(config, "inference")
+
+    trained, part = pipeline(turned[0]), pipeline(without(turned[0], tmp_path / "part", "00.png", "03.png"))
+    corrections = torch.arange(6.0 * (VIEWS - 1)).view(-1, 6)
+    trained.model.camera_optimizer.pose_adjustment.data = corrections
+    part.load_pipeline(trained.state_dict(), 1)
+    assert torch.equal(part.model.camera_optimizer.pose_adjustment, corrections[[1, 2, 4, 5]])
+    trained.load_pipeline(part.state_dict(), 1)
+    expected = corrections.clone()
+    expected[[0, 3]] = 0
+    assert torch.equal(trained.model.camera_optimizer.pose_adjustment, expected)
+
+
 def test_cameras_at_one_place_are_told_apart_by_their_axes():
     turns = np.stack([np.eye(3), np.diag([-1.0, 1, -1]), np.diag([1.0, -1, -1])])
     places = np.array([[0.0, 0, 0], [0, 0, 0], [1, 0, 0]])

@@ -20,12 +20,12 @@ from ovs3d_nerfstudio.cli.labels import LabelFolder
 from ovs3d_nerfstudio.data.annotations import AnnotationError, Annotations
 from ovs3d_nerfstudio.encoders.base import EncoderError, token_encoder
 from ovs3d_nerfstudio.engine.checkpoints import CheckpointError, checkpoints, read_checkpoint
+from ovs3d_nerfstudio.engine.run_config import RunLoader
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache
 from ovs3d_nerfstudio.features.extraction import default_cache_dir
 from ovs3d_nerfstudio.files import written_beside
 from ovs3d_nerfstudio.prompts.prompts import PromptError, choose_prompts, parse_prompts
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter
-from ovs3d_nerfstudio.run_config import RunLoader
 
 HOSTILE = [
     "../../out",

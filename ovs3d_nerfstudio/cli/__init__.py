@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "doctor": "Look at this machine, a scene or a run: what will go wrong, and what to do about it.",
     "extract": "Extract the features of a scene into its cache, without training.",
     "preview": "Show what the prompts are relevant to, before any training, and how to better them.",
+    "label": "Label the Gaussians of a splat that exists, by photos of the same scene and prompts.",
     "eval": "Compare a run with the scene's masks: metrics as JSON, pictures, and a report.",
     "render": "Render a run with prompts of the moment: pictures, videos, label images and masks.",
     "objects": "List the objects of a run: a box, a file and a picture of each, and the scene without it.",

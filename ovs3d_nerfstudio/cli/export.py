@@ -1,28 +1,38 @@
-"""Geometry with labels: a point cloud with its objects, a mesh of ns-export, or the Gaussians of a splatfacto run. A class id
+"""Geometry with labels: a point cloud with its objects, a mesh with its objects, or the Gaussians of a splatfacto run. A class id
 is a prompt's place in the list, from 1; 0 is none, as in label images; classes.json says what an id means."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import numpy as np
+import trimesh
 import tyro
-from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
 
 from ovs3d_nerfstudio.catalogue import listed, write_objects
+from ovs3d_nerfstudio.cli.boxes import BoxOptions
 from ovs3d_nerfstudio.cli.common import ask
+from ovs3d_nerfstudio.cli.depth import DepthView, depth_views
 from ovs3d_nerfstudio.cli.labels import ids
+from ovs3d_nerfstudio.cli.meshing import Mesh, fused, seen_box, typical_depth, usual_voxel
+from ovs3d_nerfstudio.cli.solids import body, surfaces
 from ovs3d_nerfstudio.data.frames import Frame
+from ovs3d_nerfstudio.data.ways import back, way_of
 from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SHARE, SIZE, check_fields
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.files import mask_stem, write_json
+from ovs3d_nerfstudio.gaussians.splat_files import read_splat, splat_table
+from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.objects.points import find_objects
 from ovs3d_nerfstudio.objects.samples import sample_cloud
-from ovs3d_nerfstudio.ply import positions_of, read_vertices, vertex_table, with_labels, write_ply
+from ovs3d_nerfstudio.ply import vertex_table, with_labels, write_ply
 from ovs3d_nerfstudio.prompts.palette import colorize, save_legend
 from ovs3d_nerfstudio.run import Run, load_run
 
@@ -59,7 +69,7 @@ class _Export:
 
 
 @dataclass
-class ExportPointCloud(_Export):
+class ExportPointCloud(BoxOptions, _Export):
     """Export a point cloud with class id, probability and colour a point (point_cloud.ply), and the connected objects of each
     class with box and centroid (objects.json)."""
 
@@ -89,8 +99,10 @@ class ExportPointCloud(_Export):
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
         positive = {"num_points": SIZE, "num_rays_per_batch": SIZE, "object_gap": POSITIVE}
         check_fields("--", self, {**positive, "smallest_object": SHARE, "farthest": COUNT, "std_ratio": COUNT})
+        box = self.box(self.output_dir)
         run = self.opened()
-        samples = sample_cloud(run.pipeline, self.num_points, self.num_rays_per_batch, self.std_ratio)
+        within = box.in_model(run.frame).within if box else None
+        samples = sample_cloud(run.pipeline, self.num_points, self.num_rays_per_batch, self.std_ratio, within)
         cloud, diagonal = samples.labelled(run.question()), run.camera_diagonal
         if self.farthest > 0:
             near = cloud.distance <= self.farthest * diagonal
@@ -100,7 +112,6 @@ class ExportPointCloud(_Export):
             if not near.any():
                 raise CommandError(f"--farthest {self.farthest} leaves no point; raise it, or give 0 to keep all.")
             cloud = cloud[near]
-        low, high = np.quantile(cloud.positions, [0.01, 0.99], axis=0)
         if self.frame == "data":
             cloud.positions, diagonal = run.frame.to_data(cloud.positions), diagonal / abs(run.frame.scale)
         found = find_objects(cloud, self.object_gap * diagonal, self.smallest_object, run.prompts)
@@ -110,71 +121,171 @@ class ExportPointCloud(_Export):
         if self.file_a_class:
             for class_id in np.unique(cloud.class_id).tolist():
                 write_ply(self.path_of(class_id, run.prompts[class_id - 1]), table[cloud.class_id == class_id])
-        path = write_objects(self.output_dir, found, listed(found), self.frame, "points")
         self.said(self.output_dir / "point_cloud.ply", f"{len(table)} points")
-        self.said(path, f"{len(found.objects)} objects")
-        CONSOLE.print(
-            f"For a mesh of this part of the scene, give ns-export tsdf: {box_options(low, high)}", soft_wrap=True
-        )
+        if self.object is None:  # else it may be the very list that the object is taken from
+            path = write_objects(self.output_dir, found, listed(found), self.frame, "points")
+            self.said(path, f"{len(found.objects)} objects")
 
 
 @dataclass
-class ExportMesh(_Export):
-    """Label a mesh that ns-export made of this run (tsdf, poisson or marching-cubes): mesh.ply with class id, probability and
-    colour a vertex."""
+class ExportMesh(BoxOptions, _Export):
+    """Make a mesh of what the training cameras see, with class id, probability and colour a vertex (mesh.ply), and a watertight
+    one of each object (mesh_objects.json lists them); or label a mesh that there is."""
 
-    mesh: Path = Path("tsdf_mesh.ply")
-    """The mesh, in any form that open3d reads, as ns-export left it."""
+    mesh: Path | None = None
+    """Label this mesh instead, in any form that open3d reads and in the model's frame, as ns-export leaves it."""
     frame: Literal["data", "model"] = "data"
-    """Coordinates of the result, as in `pointcloud`; the mesh itself is taken to be in the model's."""
+    """Coordinates of the result, as in `pointcloud`."""
+    color: Literal["class", "photo"] = "class"
+    """What a vertex is painted with; a mesh that there is has classes only."""
+    voxel: float | None = None
+    """Size of the finest detail, in units of `frame`; default: 1/400 of the box's diagonal, but no less than a pixel's width."""
+    downscale: float | None = None
+    """How many times smaller than the photos depth is rendered; default: so that the longer side has at most 240 pixels, or 640
+    of Gaussians."""
+    farthest: float = 3.0
+    """Without a box, what is seen from farther than so many times the median depth is left out. 0 keeps all."""
+    object_meshes: bool = True
+    """Write a watertight mesh of each object too. Where no camera looked, its back or its foot, it is closed flat."""
+    object_gap: float = 0.01
+    """Parts of a class farther apart than this are different objects, as in `pointcloud`."""
+    smallest_object: float = 0.05
+    """Smallest share of a class's vertices that counts as an object."""
 
     def main(self) -> None:
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
-        # Imported here: it takes seconds.
-        import open3d
+        ranges = {"voxel": POSITIVE, "downscale": SIZE, "farthest": COUNT, "object_gap": POSITIVE}
+        check_fields("--", self, {**ranges, "smallest_object": SHARE})
+        given = None if self.mesh is None else self._given(self.mesh)
+        box = self.box(self.output_dir)
+        run = self.opened()
+        scale = abs(run.frame.scale) if self.frame == "data" else 1.0
+        box = box and box.in_model(run.frame)
+        views: list[DepthView] = []
+        if given is None:
+            views = depth_views(run.pipeline, self.downscale)
+            farthest = self.farthest * typical_depth(views) if box is None and self.farthest else math.inf
+            region = box or seen_box(views, farthest)
+            voxel = self.voxel * scale if self.voxel else usual_voxel(views, region)
+            CONSOLE.print(f"Voxels of {voxel / scale:.3g} (--voxel).")
+            found = fused(views, voxel, farthest, region)
+        else:
+            found = given if box is None else given.only(box.within(given.vertices))
+        if not len(found.faces):
+            if box is not None:
+                raise CommandError(f"There is no surface in {self.named_box()}; choose another one.")
+            raise CommandError("Two views of this run agree on no surface; train it longer before you export it.")
+        labels, probability = run.winners_at(found.vertices, frame="model")
+        if given is not None or self.color == "class":
+            found.colors = colorize(labels, run.colors)
+        self._write(self.output_dir / "mesh.ply", found, labels, probability, run.frame)
+        self.said(self.output_dir / "mesh.ply", f"{len(found.vertices)} vertices, {len(found.faces)} triangles")
+        if given is not None or not self.object_meshes:
+            return
+        gap = max(self.object_gap * run.camera_diagonal, 2 * voxel)
+        parts = surfaces(found, labels, gap, self.smallest_object)
+        listed: list[dict[str, Any]] = []
+        for label, chosen in track(parts, "Closing objects", console=CONSOLE):
+            closed, nearest = body(found, chosen, views, voxel)
+            if closed is None:
+                continue
+            prompt, class_id = run.prompts[label], label + 1
+            number = sum(entry["class_id"] == class_id for entry in listed) + 1
+            path = self.path_of(class_id, prompt, f"-mesh-{number}")
+            shape = self._write(path, closed, labels[nearest], probability[nearest], run.frame)
+            said = {"id": len(listed) + 1, "prompt": prompt, "class_id": class_id, "file": path.name}
+            listed.append(said | _measured(shape) | {"probability": float(probability[chosen].mean())})
+        write_json(self.output_dir / "mesh_objects.json", {"frame": self.frame, "objects": listed})
+        CONSOLE.print(_table(listed))
+        self.said(self.output_dir / "mesh_objects.json", f"{len(listed)} objects")
 
-        if not self.mesh.is_file():
-            raise CommandError(f"{self.mesh} does not exist; make a mesh with ns-export tsdf or poisson first.")
-        mesh = open3d.io.read_triangle_mesh(self.mesh)
+    def _write(
+        self, path: Path, mesh: Mesh, labels: np.ndarray, probability: np.ndarray, frame: Frame
+    ) -> trimesh.Trimesh:
+        """Writes a mesh with the labels of its vertices in the frame asked for; returns it so."""
+        positions, faces = mesh.vertices, mesh.faces
+        if self.frame == "data":
+            positions = frame.to_data(positions)
+            if np.linalg.det(frame.transform[:, :3]) < 0:
+                faces = faces[:, ::-1]  # a reflection turns triangles inside out
+        write_ply(path, vertex_table(positions, mesh.colors, labels + 1, probability), faces)
+        return trimesh.Trimesh(positions, faces, process=False)
+
+    @staticmethod
+    def _given(path: Path) -> Mesh:
+        """A mesh that there is. Raises CommandError."""
+        import open3d  # here: it takes seconds
+
+        if not path.is_file():
+            raise CommandError(f"{path} does not exist; name a mesh of this run, or leave --mesh out to have one made.")
+        mesh = open3d.io.read_triangle_mesh(path)
         positions, faces = np.asarray(mesh.vertices), np.asarray(mesh.triangles)
         if not len(faces):
-            raise CommandError(f"{self.mesh} cannot be read as a mesh with triangles; export it again.")
-        run = self.opened()
-        labels, probability = run.winners_at(positions, frame="model")
-        colors = colorize(labels, run.colors)
-        if self.frame == "data":
-            positions = run.frame.to_data(positions)
-            if np.linalg.det(run.frame.transform[:, :3]) < 0:
-                faces = faces[:, ::-1]  # a reflection turns triangles inside out
-        write_ply(self.output_dir / "mesh.ply", vertex_table(positions, colors, labels + 1, probability), faces)
-        self.said(self.output_dir / "mesh.ply", f"{len(positions)} vertices, {len(faces)} triangles")
+            raise CommandError(f"{path} cannot be read as a mesh with triangles; export it again.")
+        return Mesh(positions, faces, np.zeros_like(positions))
+
+
+def _measured(shape: trimesh.Trimesh) -> dict[str, Any]:
+    """What mesh_objects.json says of a mesh's shape."""
+    low, high = shape.bounds
+    return {
+        "vertices": len(shape.vertices),
+        "triangles": len(shape.faces),
+        "watertight": bool(shape.is_watertight),
+        "volume": float(shape.volume),
+        "centroid": shape.vertices.mean(0).tolist(),
+        "box": {"min": low.tolist(), "max": high.tolist()},
+    }
+
+
+def _table(listed: list[dict[str, Any]]) -> Table:
+    """The objects as a table on the screen."""
+    table = Table("id", "object", "triangles", "watertight", "volume", "file")
+    for entry in listed:
+        closed = "yes" if entry["watertight"] else "no"
+        cells = (entry["id"], entry["prompt"], entry["triangles"], closed, f"{entry['volume']:.3g}", entry["file"])
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    return table
 
 
 @dataclass
 class ExportSplat(_Export):
-    """Label the Gaussians that ns-export gaussian-splat made of a splatfacto run on the same data. Coordinates stay as they
-    are, for shapes and colours of Gaussians turn with them. Leaves splat.ply (the same with class_id and probability) and, for
-    each class, the object alone and the scene without it."""
+    """Label Gaussians: those of the run itself, where it is one of Gaussians, in the data's frame; or those of a PLY, by the run's
+    semantic field at their centres. A PLY's coordinates stay as they are, for shapes and colours of Gaussians turn with them; they
+    are taken to be those that nerfstudio trains in, as ns-export gaussian-splat writes them. Leaves splat.ply (all columns, class_id
+    and probability) and, for each class, the object alone and the scene without it."""
 
-    splat: Path = Path("splat.ply")
-    """The PLY of ns-export gaussian-splat."""
+    splat: Path | None = None
+    """The PLY of a splat; default: the Gaussians of the run."""
     splat_config: Path | None = None
-    """The splatfacto run's config.yml, where its frame is not this run's: another dataparser, or other options of it."""
+    """The config.yml of the run that the PLY was made of, where its frame is not this run's: another dataparser, or other options
+    of it."""
     least_probability: float = 0.0
     """Gaussians whose class is less probable than this become 0, none."""
 
     def main(self) -> None:
-        """Raises CommandError, OptionError and the errors of prompts and encoders."""
+        """Raises CommandError, SplatError, OptionError and the errors of prompts and encoders."""
         check_fields("--", self, {"least_probability": SHARE})
-        table = read_vertices(self.splat)
-        positions = positions_of(table, self.splat)
+        given = read_splat(self.splat) if self.splat is not None else None
         theirs = Frame.of_run_outputs(self.splat_config.parent) if self.splat_config is not None else None
         run = self.opened()
-        if theirs is not None:
-            ours = Frame.of_outputs(run.pipeline.datamanager.train_dataparser_outputs)
-            positions = ours.to_model(theirs.to_data(positions))
-        labels, probability = run.winners_at(positions, frame="model")
-        class_id = np.where(probability >= self.least_probability, labels + 1, 0)
+        model = run.pipeline.model
+        if given is not None:
+            table, positions = given[0], given[1].means.numpy().astype(np.float64)
+            if theirs is not None:
+                ours = Frame.of_outputs(run.pipeline.datamanager.train_dataparser_outputs)
+                positions = ours.to_model(theirs.to_data(positions))
+            labels, probability = run.winners_at(positions, frame="model")
+            class_id = labels + 1
+        elif isinstance(model, OVS3DSplatModel):
+            table = splat_table(model.splat.to("cpu").moved(back(way_of(run.frame))))
+            labelled = run.samples().labelled(run.question())
+            class_id, probability = labelled.class_id, labelled.probability
+        else:
+            raise CommandError(
+                f"{self.load_config} is a NeRF, which has no Gaussians; name the PLY of a splat with --splat."
+            )
+        class_id = np.where(probability >= self.least_probability, class_id, 0)
         write_ply(self.output_dir / "splat.ply", with_labels(table, class_id, probability))
         self.said(self.output_dir / "splat.ply", f"{len(table)} Gaussians")
         for label, prompt in enumerate(run.prompts, start=1):
@@ -182,12 +293,6 @@ class ExportSplat(_Export):
             write_ply(self.path_of(label, prompt), table[chosen])
             write_ply(self.path_of(label, prompt, "-removed"), table[~chosen])
             CONSOLE.print(escape(f"{prompt}: {chosen.sum()} Gaussians"))
-
-
-def box_options(low: Float[np.ndarray, " 3"], high: Float[np.ndarray, " 3"]) -> str:
-    """A box in the model's frame, as options of ns-export tsdf, whose own box is about the cameras and cuts through scenes."""
-    corners = (" ".join(f"{value:.2f}" for value in corner) for corner in (low, high))
-    return " ".join(f"--bounding-box-{end} {corner}" for end, corner in zip(("min", "max"), corners, strict=True))
 
 
 Command = Union[  # noqa: UP007 (tyro wants names for the parts)

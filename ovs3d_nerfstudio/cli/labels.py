@@ -62,7 +62,7 @@ class LabelFolder:
         if self.masks:
             for label in np.unique(labels[labels >= 0]).tolist():
                 mask = (labels == label).astype(np.uint8) * 255
-                write_picture(self.folder / CLASSES_FILE.parent / view.name / f"{self.stems[label]}.png", mask)
+                write_picture(self.folder / CLASSES_FILE.parent / view / f"{self.stems[label]}.png", mask)
 
 
 def ids(names: Sequence[str], colors: Float[np.ndarray, "C 3"]) -> dict[str, dict]:

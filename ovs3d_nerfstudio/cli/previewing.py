@@ -20,7 +20,7 @@ from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import CachedViews, extract
 from ovs3d_nerfstudio.files import write_json
-from ovs3d_nerfstudio.pictures import read_picture, write_picture
+from ovs3d_nerfstudio.pictures import read_picture, view_names, write_picture
 from ovs3d_nerfstudio.prompts.hints import VOCABULARY, hints, standing
 from ovs3d_nerfstudio.prompts.palette import palette
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
@@ -52,7 +52,7 @@ def preview(
     CONSOLE.print(escape(origin))
     encoder, tokens = encoders(config.image_text_encoder, config.token_encoder, device)
     chosen = np.unique(np.linspace(0, len(pictures) - 1, min(views, len(pictures))).round().astype(int))
-    paths = [pictures[i] for i in chosen]
+    paths, names = [pictures[i] for i in chosen], view_names(pictures)
     cache = config.datamanager.feature_cache_dir
     assert cache is not None, "resolved() names one"
     settings = config.datamanager
@@ -74,7 +74,7 @@ def preview(
     for hint in advice:
         CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
     shown = [
-        PreviewedView(path.name, read_picture(path).numpy(), [scale.numpy() for scale in maps])
+        PreviewedView(names[path], read_picture(path).numpy(), [scale.numpy() for scale in maps])
         for path, maps in zip(paths, similarities, strict=True)
     ]
     sheet = contact_sheet(shown, asked, palette(len(asked)), config.datamanager.scales, shares.numpy())
@@ -83,7 +83,7 @@ def preview(
         "version": __version__,
         "scene": str(scene.data),
         "encoder": config.image_text_encoder,
-        "views": [path.name for path in paths],
+        "views": [names[path] for path in paths],
         "shares": dict(zip(asked, map(float, shares), strict=True)),
         "hints": advice,
     }

@@ -33,6 +33,7 @@ from ovs3d_nerfstudio.cli.poses import in_model, is_transforms, poses_of
 from ovs3d_nerfstudio.data.frames import Frame, frame_of
 from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, Range, check_fields
 from ovs3d_nerfstudio.errors import CommandError, reason
+from ovs3d_nerfstudio.pictures import view_names
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 from ovs3d_nerfstudio.run import Run
 from ovs3d_nerfstudio.run_files import open_run
@@ -152,10 +153,9 @@ class RenderDataset(_Asking, render.DatasetRender):
     def folders(self, pipeline: OVS3DPipeline) -> Iterator[tuple[Path, Path]]:
         for split in self.split.split("+"):
             photos = pipeline.datamanager.dataparser.get_dataparser_outputs(split).image_filenames
-            # As ns-render names its pictures, which may lie in folders.
-            root = os.path.commonpath(photos) if len(photos) > 1 else photos[0].parent
+            names = view_names(photos)  # as ns-render names its pictures, which may lie in folders
             for photo in photos:
-                yield self.output_path / split, photo.relative_to(root).with_suffix("")
+                yield self.output_path / split, Path(names[photo])
 
 
 @dataclass

@@ -89,13 +89,15 @@ class SceneOptions:
     def training_pictures(self) -> list[Path]:
         """The training pictures of the scene, in the parser's order.
 
-        Raises SceneError when there is no such scene, or none that the parser can read.
+        Raises SceneError when there is no such scene, or none that the parser can read or that can be trained from.
         """
-        from ovs3d_nerfstudio.data.scene_checks import readable_scene
+        from ovs3d_nerfstudio.data.scene_checks import check_cameras, readable_scene
 
         parser = self.parser()
         with readable_scene(parser, self.data):
-            return parser.setup().get_dataparser_outputs("train").image_filenames
+            parsed = parser.setup().get_dataparser_outputs("train")
+        check_cameras(parsed.cameras, str(self.data))
+        return parsed.image_filenames
 
     def parser(self) -> DataParserConfig:
         """How the scene is read."""

@@ -3,11 +3,13 @@
 SCENE/images/…                          the photos
 SCENE/segmentations/classes.txt         one prompt a line
 SCENE/segmentations/VIEW/CLASS.png      white where the class is, black elsewhere
+
+Photos may lie in folders of their own: the view of images/a/0.jpg beside images/b/0.jpg is a/0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,11 @@ from PIL import Image
 
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.files import leads_out_of, mask_stem
-from ovs3d_nerfstudio.pictures import PictureError, list_pictures, open_picture
+from ovs3d_nerfstudio.pictures import PictureError, list_pictures, open_picture, view_names
 from ovs3d_nerfstudio.prompts.prompts import CLASSES_FILE, PromptError, find_classes_file, prompt_key, read_classes_file
+
+EXACT, BLURRING = (".png", ".bmp", ".tif", ".tiff"), (".jpg", ".jpeg", ".webp")
+"""Formats that keep each pixel of a mask, and those that need not."""
 
 
 class AnnotationError(UserError):
@@ -27,17 +32,18 @@ class AnnotationError(UserError):
 class Annotations:
     """The annotated views of one scene.
 
-    A folder VIEW names a photo by its stem; if not every folder does, all of them are taken as indices into
-    the photos sorted by name, as in the authors' data. Masks are matched to classes by `mask_stem`, ignoring
+    A folder VIEW names a photo as `view_names` does, or by its stem where no other photo has that; if not every folder does,
+    all of them are taken as indices into the photos sorted by name, as in the authors' data. Masks are matched to classes by `mask_stem`, ignoring
     case: names are compared with what lies in the folder, no path is ever made of a class name.
 
     Attributes:
         classes: the prompts of `classes.txt`, sorted; label `c` is the class `classes[c]`.
-        views: stems of the annotated photos, sorted (the folders' names where no photo is known).
+        views: names of the annotated photos' views, sorted (the folders' names where no photo is known).
 
     Raises:
         AnnotationError: no or an unusable `classes.txt`, two classes with one mask name, no view, a view that
-            is no photo, a view without masks, or a mask of an unknown class.
+            is no photo or could be several, a view without masks, a mask of an unknown class, or one in a format that blurs.
+        PictureError: two photos would have one name.
     """
 
     def __init__(self, data: Path, images: Sequence[Path] | None = None):
@@ -59,11 +65,12 @@ class Annotations:
         root = classes_file.parent
         if images is None:
             images = list_pictures(root.parent / "images")
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not _is_litter(p))
+        folders = _folders_in(root)
         if not folders:
             raise AnnotationError(f"{root} has no folder of masks; make one a view, named as the photo.")
         class_of = self._class_by_mask(classes_file)
-        self._masks = {view: _list_masks(folder, class_of) for view, folder in _views_of(folders, images).items()}
+        views = _views_of({folder.relative_to(root).as_posix(): folder for folder in folders}, images)
+        self._masks = {view: _list_masks(folder, class_of) for view, folder in views.items()}
         self.views = sorted(self._masks)
         for path in (mask for masks in self._masks.values() for mask in masks.values()):
             if leads_out_of(path, root.parent):
@@ -102,35 +109,72 @@ def _is_litter(path: Path) -> bool:
     return path.name.startswith((".", "__"))
 
 
-def _views_of(folders: Sequence[Path], images: Sequence[Path]) -> dict[str, Path]:
-    stems = [Path(image).stem for image in sorted(images, key=lambda image: Path(image).name)]
-    if not stems or all(folder.name in stems for folder in folders):
-        return {folder.name: folder for folder in folders}
-    indices = {folder: int(folder.name) if folder.name.isdecimal() else len(stems) for folder in folders}
-    for folder, index in indices.items():
-        if index >= len(stems) and folder.name not in stems:
+def _folders_in(root: Path) -> list[Path]:
+    """The folders that hold masks below `root`: those with pictures, and those in which no further folder lies."""
+    found = []
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and not _is_litter(path):
+            deeper = _folders_in(path)
+            found += [path, *deeper] if not deeper or list_pictures(path) else deeper
+    return found
+
+
+def _views_of(folders: Mapping[str, Path], images: Sequence[Path]) -> dict[str, Path]:
+    """The folder of each view, given them by their paths below the folder of all."""
+    names = view_names(sorted(images, key=lambda image: image.name))
+    views = [*names.values()]
+    if not views:
+        return dict(folders)
+    by_stem: dict[str, list[str]] = {}
+    for photo, view in names.items():
+        by_stem.setdefault(photo.stem, []).append(view)
+    named: dict[str, str] = {}
+    for name, folder in folders.items():
+        alike = [name] if name in views else by_stem.get(name, [])
+        if len(alike) > 1:
             raise AnnotationError(
-                f"The folder {folder} is neither the name of a photo nor the index of one of the "
-                f"{len(stems)} photos sorted by name; rename it after its photo, without the suffix."
+                f"The folder {folder} could be of {' or '.join(alike)}; name it after one of them, such as "
+                f"{CLASSES_FILE.parent / alike[0]}."
             )
-    views: dict[str, Path] = {}
-    for folder, index in indices.items():
-        if index >= len(stems):
+        if alike:
+            named[name] = alike[0]
+    if len(named) == len(folders):
+        return _each_once(named, folders)
+    indices = {name: int(name) if name.isdecimal() else len(views) for name in folders}
+    for name, index in indices.items():
+        if index >= len(views) and name not in named:
             raise AnnotationError(
-                f"The folder {folder} is the name of a photo but others beside it are not; rename them all "
+                f"The folder {folders[name]} is neither the name of a photo nor the index of one of the "
+                f"{len(views)} photos sorted by name; rename it after its photo, without the suffix."
+            )
+    indexed: dict[str, str] = {}
+    for name, index in indices.items():
+        if index >= len(views):
+            raise AnnotationError(
+                f"The folder {folders[name]} is the name of a photo but others beside it are not; rename them all "
                 "after their photos, without the suffix."
             )
-        if stems[index] in views:
-            raise AnnotationError(f"{views[stems[index]]} and {folder} name the same photo; keep one.")
-        views[stems[index]] = folder
-    return views
+        indexed[name] = views[index]
+    return _each_once(indexed, folders)
+
+
+def _each_once(view_of: Mapping[str, str], folders: Mapping[str, Path]) -> dict[str, Path]:
+    """The folder of each view, which must be one."""
+    found: dict[str, Path] = {}
+    for name, view in view_of.items():
+        if view in found:
+            raise AnnotationError(f"{found[view]} and {folders[name]} name the same photo; keep one.")
+        found[view] = folders[name]
+    return found
 
 
 def _list_masks(folder: Path, class_of: dict[str, int]) -> dict[int, Path]:
     masks: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        label = class_of.get(prompt_key(path.stem)) if path.suffix.lower() == ".png" else None
-        if path.suffix.lower() != ".png" or (label is None and _is_litter(path)):
+        label, suffix = class_of.get(prompt_key(path.stem)), path.suffix.lower()
+        if label is not None and suffix in BLURRING:
+            raise AnnotationError(f"The mask {path} is no exact picture, as {suffix} blurs edges; save it as PNG.")
+        if suffix not in EXACT or (label is None and _is_litter(path)):
             continue
         if label is None:
             raise AnnotationError(

@@ -35,11 +35,23 @@ class Capture:
     """What the cameras say of a capture."""
 
     around: bool
-    """Whether the cameras stand around what they look at; otherwise they stand before it, or look outwards."""
+    """Whether the cameras stand around what they look at; otherwise they stand before it, or look outwards, or everywhere."""
     turn: float
     """Degrees about the vertical that the viewing directions span: 360 less the widest gap between them."""
     distance: float
     """Of a close camera (the 5th percentile) to the point that is nearest to all optical axes."""
+    there: float = 1.0
+    """Share of the cameras that have that point before them."""
+    panoramas: bool = False
+    """Whether pictures see all around, so that no camera looks anywhere."""
+
+    @property
+    def described(self) -> str:
+        """For the log."""
+        if self.panoramas:
+            return "in panoramas, which see all around"
+        kind = "all around the scene" if self.around else "from the front"
+        return f"{kind} (the cameras turn through {self.turn:.0f}°)"
 
     def start(self) -> tuple[float, float]:
         """Density at the start per unit of length, and near plane."""
@@ -48,16 +60,16 @@ class Capture:
         return AROUND_DEPTH / self.distance, AROUND_NEAR * self.distance
 
 
-def capture_of(poses: Float[Tensor, "N 3 4"]) -> Capture:
-    """The capture of cameras with these camera-to-world poses (OpenGL axes)."""
+def capture_of(poses: Float[Tensor, "N 3 4"], panoramas: bool = False) -> Capture:
+    """The capture of cameras with these camera-to-world poses (OpenGL axes); `panoramas` if their pictures see all around."""
     poses = poses.double()
     origins, views = poses[..., 3], -F.normalize(poses[..., 2], dim=-1)
     to_point = nearest_to_axes(origins, views) - origins
-    there = ((to_point * views).sum(-1) > 0).double().mean()
+    there = float(((to_point * views).sum(-1) > 0).double().mean())
     turn = turn_of(views, F.normalize(poses[..., 1].mean(0), dim=0))
     distance = float(to_point.norm(dim=-1).quantile(0.05))
-    around = bool(turn > FULL_TURN and there >= LOOKING_THERE and distance > 0)
-    return Capture(around, turn, distance)
+    around = bool(turn > FULL_TURN and there >= LOOKING_THERE and distance > 0 and not panoramas)
+    return Capture(around, turn, distance, there, panoramas)
 
 
 def nearest_to_axes(origins: Float[Tensor, "N 3"], views: Float[Tensor, "N 3"]) -> Float[Tensor, "3"]:

@@ -13,22 +13,32 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.base_datamanager import DataManager
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
+from torch import Tensor, nn
 
 from ovs3d_nerfstudio.data.capture import capture_of
 from ovs3d_nerfstudio.data.dataset import LenientDataset, OVS3DDataset
 from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.data.run_views import RunViews
-from ovs3d_nerfstudio.data.scene_checks import SceneError, check_cameras, check_pictures, readable_scene
+from ovs3d_nerfstudio.data.scene_checks import (
+    SceneError,
+    check_cameras,
+    check_files,
+    check_pictures,
+    readable_scene,
+)
 from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.features.extraction import check_size
-from ovs3d_nerfstudio.pictures import PictureError
+from ovs3d_nerfstudio.pictures import PictureError, view_names
 
 UNMOVED = 1e-5
 """A frame is the run's when no camera lies farther than this from where the run has it, as a share of the farthest coordinate."""
 
 
-class CheckedData(DataManager):
-    """Stands before a datamanager of nerfstudio's in the order of bases, and has its data read and checked with sentences."""
+class CheckedData(DataManager, nn.Module):
+    """Stands before a datamanager of nerfstudio's in the order of bases, and has its data read and checked with sentences.
+
+    A module, as nerfstudio's datamanagers are no more on its main branch: what a checkpoint keeps of the data is its state.
+    """
 
     config: Any
     """Of the datamanager, and a TeachingConfig."""
@@ -60,12 +70,23 @@ class CheckedData(DataManager):
                 # nerfstudio's parser looks at the first photo to choose a size, which matters only to whoever reads photos.
                 parser.downscale_factor = 1  # type: ignore[attr-defined]
                 super().__init__(config, *args, test_mode=test_mode, **kwargs)  # type: ignore[call-arg]
+        with user_errors():
+            if test_mode == "val":
+                self._check_names()
         if config.run_views is not None:
             self._fit(config.run_views)
         if isinstance(self.train_dataset, LenientDataset) and (missing := self.train_dataset.missing()):
             CONSOLE.print(
                 f"{len(missing)} of {len(self.train_dataset)} training photos are not there; they are shown grey."
             )
+
+    def _check_names(self) -> None:
+        """Raises SceneError or PictureError when two views are one file, or would be called the same."""
+        parts = [self.train_dataparser_outputs, self.eval_dataset._dataparser_outputs]
+        paths = [path for part in parts for path in part.image_filenames]
+        poses = torch.cat([part.cameras.camera_to_worlds for part in parts])
+        check_files(paths, poses)
+        view_names(paths)
 
     @property
     def dataset_type(self) -> type[OVS3DDataset]:
@@ -80,15 +101,17 @@ class CheckedData(DataManager):
     def create_train_dataset(self) -> OVS3DDataset:
         """The training photos, whose cameras and headers have been looked at."""
         self.frame = Frame.of_parser(self.config.dataparser, self.train_dataparser_outputs)
-        check_cameras(self.train_dataparser_outputs.cameras, str(self.config.data))
+        cameras = self.train_dataparser_outputs.cameras
+        capture = check_cameras(cameras, str(self.config.data), for_training=self.test_mode == "val")
         dataset = self._checked(super().create_train_dataset())
         if self.test_mode == "val":
             for path, header in dataset.headers.items():
                 check_size(path, header.height, header.width, self.config.scales)
         # nerfstudio's way from the data to a model. A run that goes on starts from no other capture than it did.
         known: RunViews | None = self.config.run_views
-        poses = dataset.cameras.camera_to_worlds if known is None else torch.from_numpy(known.poses)
-        dataset.metadata["capture"] = capture_of(poses)
+        if known is not None:
+            capture = capture_of(torch.from_numpy(known.poses), capture.panoramas)
+        dataset.metadata["capture"] = capture
         return dataset
 
     def create_eval_dataset(self) -> OVS3DDataset:
@@ -118,6 +141,14 @@ class CheckedData(DataManager):
             done = "All cameras are put where the run has them." if moved else "The run's frame stays."
             said = f"The data are not as at the training: {', '.join(differences)}. {done}"
             CONSOLE.print(f"[bold yellow]Warning:[/bold yellow] {escape(said)}", soft_wrap=True)
+
+    def of_each_view(self, kept: Float[Tensor, "N k"]) -> Float[Tensor, "M k"]:
+        """What a run kept for each of its training views, for those of the data: zeros for a view that came."""
+        known = self.config.run_views
+        places = known.places(_numpy(self.train_dataset.cameras))
+        rows = kept[torch.from_numpy(places).clamp_min(0)]
+        rows[torch.from_numpy(places < 0)] = 0
+        return rows
 
     def cameras_in_use(self) -> Iterator[Cameras]:
         """All cameras that were made of the data."""

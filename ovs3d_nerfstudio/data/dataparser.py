@@ -31,11 +31,13 @@ from ovs3d_nerfstudio.data.scene_checks import flat
 from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, check_fields
 from ovs3d_nerfstudio.errors import CommandError, user_errors
 from ovs3d_nerfstudio.files import written_beside
-from ovs3d_nerfstudio.pictures import SUFFIXES, list_pictures, picture_size
+from ovs3d_nerfstudio.pictures import SUFFIXES, list_pictures, picture_size, view_names
 from ovs3d_nerfstudio.prompts.prompts import find_classes_file
 
 HOLD_EVERY = 8
 """Where nothing is annotated, every eighth photo is held out, as is usual with LLFF scenes."""
+UNREAD = (".heic", ".heif", ".avif", ".dng")
+"""Photos as phones write them too, which nothing here reads."""
 MAX_SIDE = 1600
 """Longer sides of photos than this many pixels are halved until they are not, as nerfstudio does."""
 
@@ -123,7 +125,7 @@ class OVS3DDataParser(DataParser):
             return np.arange(len(photos)) % HOLD_EVERY == 0
         annotated = set(Annotations(root, photos).views)
         CONSOLE.log(escape(f"Protocol '{self.config.protocol}': {len(annotated)} annotated photos are evaluated."))
-        return np.array([photo.stem in annotated for photo in photos])
+        return np.array([name in annotated for name in view_names(photos).values()])
 
 
 def list_photos(folder: Path) -> list[Path]:
@@ -131,6 +133,13 @@ def list_photos(folder: Path) -> list[Path]:
     photos = list_pictures(folder)
     if not photos:
         raise CommandError(f"There are no photos in {folder}; put them there, as {', '.join(SUFFIXES)}.")
+    unread = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in UNREAD and path.name[0] != ".")
+    if unread:
+        CONSOLE.print(
+            f"[bold yellow]Warning:[/bold yellow] {len(unread)} photos of {escape(str(folder))} are left out, as "
+            f"{', '.join(sorted({Path(name).suffix for name in unread}))} cannot be read: {escape(', '.join(unread))}. Save "
+            "them as JPEG to have them used."
+        )
     return photos
 
 

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from PIL import Image
 
-from ovs3d_nerfstudio.pictures import Header, open_picture, picture_header
+from ovs3d_nerfstudio.pictures import Header, open_picture, picture_header, read_mask
 
 
 class OVS3DDataset(InputDataset):
@@ -32,6 +32,18 @@ class OVS3DDataset(InputDataset):
             size = [int(side * self.scale_factor) for side in picture.size]
             picture = picture.resize((size[0], size[1]), Image.Resampling.BILINEAR)
         return np.array(picture)
+
+    def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict:
+        """As nerfstudio's, whose main branch reads masks in a way that today's Pillow refuses."""
+        read = self.get_image_float32 if image_type == "float32" else self.get_image_uint8
+        data: dict = {"image_idx": image_idx, "image": read(image_idx)}
+        masks = self._dataparser_outputs.mask_filenames
+        if masks is not None:
+            data["mask"] = read_mask(masks[image_idx], self.scale_factor)
+            if self.mask_color:
+                painted = torch.ones_like(data["image"]) * torch.tensor(self.mask_color)
+                data["image"] = torch.where(data["mask"], data["image"], painted)
+        return data | self.get_metadata(data)
 
 
 class LenientDataset(OVS3DDataset):

@@ -32,6 +32,8 @@ class OVS3DImagesConfig(TeachingConfig, FullImageDatamanagerConfig):
     """Photos as nerfstudio keeps them, and the windows of the semantic losses."""
 
     _target: type = field(default_factory=lambda: OVS3DImages)
+    find_seeds: bool = True
+    """Whether Gaussians begin at points of the data or of its photos; set by the pipeline."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         **TeachingConfig.RANGES,
@@ -58,7 +60,7 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
     def create_train_dataset(self) -> OVS3DDataset:
         dataset = super().create_train_dataset()
         metadata = self.train_dataparser_outputs.metadata
-        if self.test_mode == "val":
+        if self.test_mode == "val" and self.config.find_seeds:
             parsed = self.train_dataparser_outputs
             self.train_dataset = dataset
             _place_points(self.config.dataparser, parsed.metadata)
@@ -66,7 +68,7 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
             CONSOLE.print(escape(seeds.origin))
             points, colors = torch.from_numpy(seeds.positions), torch.from_numpy(seeds.colors)
         else:
-            # A run that is opened brings its Gaussians along: any few stand in their place until then.
+            # What is opened, or what training begins with, brings its Gaussians along: any few stand in their place until then.
             points, colors = torch.eye(4, 3), torch.zeros(4, 3, dtype=torch.uint8)
         metadata["points3D_xyz"], metadata["points3D_rgb"] = points, colors
         return dataset

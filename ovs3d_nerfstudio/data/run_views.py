@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
 from ovs3d_nerfstudio.data.frames import Frame
@@ -52,7 +52,7 @@ class RunViews:
         """
         ours, theirs = self._points(self.poses), self._points(poses)
         gone = cKDTree(theirs).query(ours)[0] > SAME
-        new = cKDTree(ours).query(theirs)[0] > SAME
+        new = self.places(poses) < 0
         went = [name for name, there in zip(self.names, gone, strict=True) if there]
         came = [name for name, there in zip(names, new, strict=True) if there]
         moved = [name for name in went if name in came]
@@ -62,6 +62,11 @@ class RunViews:
             (moved, "have other poses"),
         )
         return [f"{len(group)} {what} (such as {group[0]})" for group, what in groups if group]
+
+    def places(self, poses: Float[np.ndarray, "M 3 4"]) -> Int[np.ndarray, " M"]:
+        """Which of the run's views each of `poses` is, in its frame; −1 for one that came."""
+        way, place = cKDTree(self._points(self.poses)).query(self._points(poses))
+        return np.where(way > SAME, -1, place)
 
     def _points(self, poses: Float[np.ndarray, "M 3 4"]) -> Float[np.ndarray, "M 12"]:
         """Places and axes as points, of which two are near when the poses are."""

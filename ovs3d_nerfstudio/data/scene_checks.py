@@ -4,24 +4,39 @@ are no numbers goes on for hours. Only what would break is looked at, and of pic
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from traceback import walk_tb
+from typing import Any, NoReturn
+from unittest import mock
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
-from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, Cameras
-from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, Cameras, CameraType
+from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
+from rich.prompt import Confirm
+from torch import Tensor
 
+from ovs3d_nerfstudio.data.capture import Capture, capture_of
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.pictures import Header, PictureError, picture_header
 
 ONE_PLACE = 1e-6
 """Cameras that lie within this share of their coordinates are at one place."""
+INTRINSICS = ("fl_x", "fl_y", "cx", "cy", "w", "h")
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+DISTORTION_AT_THE_TOP = ("k1", "k2", "k3", "p1", "p2", "distortion_params")
+"""Keys of which one at the top of a transforms.json has nerfstudio pass over those of the frames."""
+ONE_WAY = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.FISHEYE624, CameraType.ORTHOPHOTO)
+"""Cameras that look along an axis; the others see all around."""
+TURNING = 30.0
+"""Degrees through which cameras must turn for the point that they look at to say on which side of them it lies."""
 _PARSERS = "mend the data, or name another dataparser at the end of the command"
 
 
@@ -31,20 +46,35 @@ class SceneError(UserError):
 
 @contextmanager
 def readable_scene(parser: DataParserConfig, data: Path) -> Iterator[None]:
-    """Checks `data` before the block has `parser` read it; what any parser stumbles over becomes a SceneError."""
+    """Checks `data` before the block has `parser` read it; what any parser stumbles over, or would ask on a terminal that need
+    not be there, becomes a SceneError."""
     if not data.exists():
         raise SceneError(f"The scene {data} does not exist; name the folder that holds its data with --data.")
     if isinstance(parser, NerfstudioDataParserConfig):
         check_transforms(data)
+
+    def refuse(question: str = "", **options: Any) -> NoReturn:
+        asked = " ".join(str(question).split())
+        raise SceneError(
+            f"{type(parser).__name__} asks of {data}: '{asked}', and no command asks back; answer by its options at the end of "
+            "the command, such as --downscale-factor 1, which takes the photos as they are."
+        )
+
     try:
-        yield
+        with mock.patch.object(Confirm, "ask", refuse):
+            yield
     except (SceneError, PictureError):
         raise
     except (AssertionError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
+        if not _of_a_parser(error) or (isinstance(error, OSError) and error.filename is not None):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         raise SceneError(f"{type(parser).__name__} cannot read {data} ({said}); {_PARSERS}.") from error
+
+
+def _of_a_parser(error: Exception) -> bool:
+    """Whether a dataparser raised it while it read. What nerfstudio or we do with what was read is not blamed on the data."""
+    return any(isinstance(frame.f_locals.get("self"), DataParser) for frame, _ in walk_tb(error.__traceback__))
 
 
 def check_transforms(data: Path) -> None:
@@ -71,8 +101,16 @@ def check_transforms(data: Path) -> None:
     model = meta.get("camera_model", "OPENCV")
     if model not in [*CAMERA_MODEL_TO_TYPE]:
         raise SceneError(f"{path} has the camera_model {model!r}; give one of: {', '.join(CAMERA_MODEL_TO_TYPE)}.")
+    first: dict[str, int] = {}
     for number, frame in enumerate(frames):
-        _check_frame(f"{path}: frame {number} ({frame.get('file_path')})", meta, frame)
+        name = f"{path}: frame {number} ({frame.get('file_path')})"
+        _check_frame(name, meta, frame)
+        check_what_is_read(name, meta, frame)
+        other = first.setdefault(os.path.normpath(frame["file_path"]), number)
+        if other != number:
+            raise SceneError(
+                f"{name} is the picture of frame {other} too; take one of the two out, or give it its own."
+            )
     masks = sum("mask_path" in frame for frame in frames)
     if 0 < masks < len(frames):
         raise SceneError(
@@ -109,12 +147,40 @@ def _check_frame(name: str, meta: dict[str, Any], frame: dict[str, Any]) -> None
         raise SceneError(
             f"{name} has a transform_matrix that turns space flat; give a rotation, or take the frame out."
         )
-    for key in ("fl_x", "fl_y", "cx", "cy", "w", "h"):
+    for key in INTRINSICS:
         given = meta if key in meta else frame
         value = _numbers(given.get(key))
         if value is None or value.ndim or (value <= 0 and key not in ("cx", "cy")):
             what = f"the {key} {given[key]!r}" if key in given else f"no {key}"
             raise SceneError(f"{name} has {what}; give it in pixels, for all frames together or for each.")
+
+
+def check_what_is_read(name: str, meta: dict[str, Any], frame: dict[str, Any]) -> None:
+    """Raises SceneError, which begins with `name`, when a frame says of its camera what nerfstudio's parser passes over: it takes
+    the model from the top alone, and whatever else stands there from there for all frames."""
+    at_the_top = meta.get("camera_model", "OPENCV")
+    model = frame.get("camera_model", at_the_top)
+    if model not in [*CAMERA_MODEL_TO_TYPE] or CAMERA_MODEL_TO_TYPE[model] is not CAMERA_MODEL_TO_TYPE[at_the_top]:
+        raise SceneError(
+            f"{name} has the camera_model {model!r}, but what counts is that of the top of the file ({at_the_top} where there is "
+            "none); write it there, for all frames, and train pictures of other models apart."
+        )
+    if (meta.get("is_fisheye") or frame.get("is_fisheye")) and CAMERA_MODEL_TO_TYPE[model] is CameraType.PERSPECTIVE:
+        raise SceneError(
+            f'{name} is_fisheye, which is not read; write "camera_model": "OPENCV_FISHEYE" at the top of the file.'
+        )
+    top = any(key in meta for key in DISTORTION_AT_THE_TOP)
+    for key in (*INTRINSICS, *DISTORTION, "distortion_params"):
+        read = meta.get(key, 0.0 if top and key in DISTORTION else None)
+        if key in frame and read is not None and not np.array_equal(frame[key], read):
+            raise SceneError(
+                f"{name} has the {key} {frame[key]!r}, but what counts is {read!r} of the top of the file; write {key} in one of "
+                "the two places."
+            )
+    if not top and meta.get("k4"):
+        raise SceneError(
+            f"{name} gets no k4, which stands alone at the top; write k1, k2 and k3 beside it, 0 if need be."
+        )
 
 
 def flat(axes: Float[np.ndarray, "*n 3 3"]) -> Bool[np.ndarray, "*n"]:
@@ -143,8 +209,12 @@ def check_places(origins: Float[np.ndarray, "N 3"], name: str) -> None:
         )
 
 
-def check_cameras(cameras: Cameras, name: str) -> None:
-    """Raises SceneError when cameras that a parser made of `name` cannot be trained from."""
+def check_cameras(cameras: Cameras, name: str, for_training: bool = True) -> Capture:
+    """What the cameras that a parser made of `name` say of the capture.
+
+    Raises SceneError when they cannot be trained from, and says what is odd; a run that is only looked at hears neither of
+    mirrored cameras nor of odd ones.
+    """
     if not len(cameras):
         raise SceneError(f"{name} has no photo to train on; {_PARSERS}, or its options.")
     if not cameras.camera_to_worlds.isfinite().all():
@@ -152,7 +222,52 @@ def check_cameras(cameras: Cameras, name: str) -> None:
     for option, focal in (("horizontal", cameras.fx), ("vertical", cameras.fy)):
         if not (focal > 0).all() or not focal.isfinite().all():
             raise SceneError(f"{name} has a {option} focal length of {float(focal.min()):g} pixels; {_PARSERS}.")
-    check_places(cameras.camera_to_worlds[:, :3, 3].double().numpy(), name)
+    poses = cameras.camera_to_worlds[:, :3]
+    check_places(poses[..., 3].double().numpy(), name)
+    everywhere = [kind.value for kind in (*CameraType,) if kind not in ONE_WAY]
+    capture = capture_of(poses, bool(torch.isin(cameras.camera_type, torch.tensor(everywhere)).any()))
+    if for_training:
+        check_handedness(poses.double().numpy(), name)
+        if remark := axes_remark(capture):
+            CONSOLE.print(f"[bold yellow]Warning:[/bold yellow] {escape(remark)}")
+    return capture
+
+
+def check_handedness(poses: Float[np.ndarray, "N 3 4"], name: str) -> None:
+    """Raises SceneError when cameras of `name` are mirrored: their axes are no rotation of a camera's."""
+    mirrored = np.linalg.det(poses[:, :, :3]) < 0
+    if mirrored.any():
+        some = "" if mirrored.all() else f", {int(mirrored.argmax())} (counted from 0) the first of them"
+        raise SceneError(
+            f"{mirrored.sum()} of {len(poses)} cameras of {name} are mirrored (the determinant of their axes is below 0){some}; "
+            "negate the column of the axis that points the other way: x to the right, y up, z backwards. Where it is the "
+            "world that is left-handed, negate a row of each pose."
+        )
+
+
+def axes_remark(capture: Capture) -> str | None:
+    """What to say of cameras that nearly all have behind them what they are turned about; None where there is nothing to say."""
+    if capture.panoramas or capture.turn <= TURNING or capture.there >= 0.5:
+        return None
+    return (
+        f"The cameras turn through {capture.turn:.0f}°, and {1 - capture.there:.0%} of them have behind them the point that they "
+        "are turned about. Where they look at one thing, the poses are in OpenCV's axes, as COLMAP and SLAM programs give them, "
+        "and training would end in noise: negate the columns 1 and 2 (counted from 0) of each transform_matrix. Where they "
+        "look outwards, as from the middle of a room, all is well."
+    )
+
+
+def check_files(paths: Sequence[Path], poses: Float[Tensor, "N 3 4"]) -> None:
+    """Raises SceneError when one file is the picture of two cameras; views of two splits may be the same."""
+    seen: dict[Path, int] = {}
+    for i, path in enumerate(paths):
+        other = seen.setdefault(path, i)
+        if not torch.allclose(poses[other], poses[i], atol=1e-5):
+            raise SceneError(
+                f"{path} is the picture of two cameras; give each a file of its own. Where smaller photos are taken, nerfstudio "
+                "leaves out the folders of their names: take the photos as they are with --downscale-factor 1 behind the "
+                "dataparser's name at the end of the command (nerfstudio-data), or give every photo a name of its own."
+            )
 
 
 def check_pictures(

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from nerfstudio.data.datamanagers.base_datamanager import DataManager
-from nerfstudio.data.utils.data_utils import get_image_mask_tensor_from_path
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from ovs3d_nerfstudio.engine.option_checks import COUNT, SIZE, Range
 from ovs3d_nerfstudio.features.basis import Basis
 from ovs3d_nerfstudio.features.extraction import CachedViews, ClipFeatures, default_cache_dir, extract
 from ovs3d_nerfstudio.features.teachers import Teachers, Windows
+from ovs3d_nerfstudio.pictures import read_mask
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Teaching(DataManager):
     def masks(self) -> Iterable[Bool[Tensor, "h w"]] | None:
         """Where each training view teaches, true for pixels that count; None where all do."""
         files = self.train_dataparser_outputs.mask_filenames
-        return (get_image_mask_tensor_from_path(file)[..., 0] for file in files) if files else None
+        return (read_mask(file)[..., 0] for file in files) if files else None
 
     def teachers_of(self, indices: Int[Tensor, "R 3"]) -> tuple[Float[Tensor, "R S K"], Float[Tensor, "R S 2 C"]]:
         """What the pyramid says of pixels (view, row, column), one cell a scale, and the ranges of their views' similarities."""

@@ -6,6 +6,7 @@ a resumed run draws other rays and trains as many steps again.
 
 from __future__ import annotations
 
+import inspect
 import random
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,10 @@ from ovs3d_nerfstudio.engine.checkpoints import (
 )
 from ovs3d_nerfstudio.errors import user_errors
 
+COUNTS_FROM_THE_FIRST = "max_num_iterations - self._start_step" in inspect.getsource(Trainer.train)
+"""Whether nerfstudio's loop itself counts the steps of a resumed run from the first one, as its main branch does. Its release
+1.1.5 counts those of this process, and both call themselves 1.1.5."""
+
 
 class SavingTrainer(Trainer):
     """nerfstudio's trainer, with whole checkpoints and a resuming that repeats nothing."""
@@ -37,7 +42,8 @@ class SavingTrainer(Trainer):
         """Trains up to `max_num_iterations` steps in all, counted from the first one of a run that is resumed."""
         left = self.config.max_num_iterations - self._start_step
         if left > 0:
-            self.config.max_num_iterations = left
+            if not COUNTS_FROM_THE_FIRST:
+                self.config.max_num_iterations = left
             super().train()
             return
         self.step, self.training_state = self._start_step - 1, "completed"
@@ -118,6 +124,11 @@ class SavingTrainer(Trainer):
             raise CheckpointError(
                 f"The checkpoint's optimizers do not fit ({error}); resume with the method and settings of its run."
             ) from error
+        for optimizer in self.optimizers.optimizers.values():
+            for parameter, kept in optimizer.state.items():
+                # Of views that are others now: their parameters go on without a past.
+                if any(value.shape not in (parameter.shape, ()) for value in kept.values() if torch.is_tensor(value)):
+                    kept.clear()
         if "schedulers" in state and self.config.load_scheduler:
             self.optimizers.load_schedulers(state["schedulers"])
         if state.get("scalers"):  # empty from a run without mixed precision, as on a CPU

@@ -54,6 +54,8 @@ class OVS3DTrainerConfig(TrainerConfig):
     """nerfstudio's, for one device or several."""
 
     _target: type = field(default_factory=lambda: OVS3DTrainer)
+    run_folder: Path | None = None
+    """The run's folder itself, in place of one that is made of output-dir, names and time."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes up what a config.yml holds; a method that had another name once keeps its folder."""
@@ -71,6 +73,8 @@ class OVS3DTrainerConfig(TrainerConfig):
         """The run's folder: that of the config.yml which is open, wherever it was when it was written."""
         if "opened_in" in vars(self):
             return self.opened_in
+        if self.run_folder is not None:
+            return self.run_folder
         folder = super().get_base_dir()
         return folder.parents[1] / self.__dict__.get("folder_name", folder.parent.name) / folder.name
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.evaluation.metrics import ViewMetrics, match_classes, relabel, summarise, view_metrics
+from ovs3d_nerfstudio.pictures import view_names
 from ovs3d_nerfstudio.prompts.prompts import find_classes_file
 
 
@@ -19,7 +20,7 @@ class Evaluator:
     """Collects the metrics of the views of one split."""
 
     def __init__(self, annotations: Annotations, views: Sequence[str]):
-        """`views` are the stems of the split's photos, in the order of their image indices."""
+        """`views` are the names of the split's views (see `view_names`), in the order of their image indices."""
         self.annotations = annotations
         self.views = list(views)
         self.records: dict[str, ViewMetrics] = {}
@@ -29,7 +30,8 @@ class Evaluator:
         """The evaluator of the photos `split` out of all photos `scene`; None when the data has no annotations."""
         if find_classes_file(data) is None:
             return None
-        return Evaluator(Annotations(data, scene), [path.stem for path in split])
+        names = view_names(scene)
+        return Evaluator(Annotations(data, scene), [names[path] for path in split])
 
     def check(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Reads every mask once, `sizes` being height and width of each view. Raises AnnotationError now rather than at the

@@ -39,7 +39,7 @@ class RenderedView:
     index: int
     """Place of the view in its split."""
     name: str
-    """Stem of the photo."""
+    """Path of the photo below the folder of all photos, without suffix."""
     photo: UInt8[np.ndarray, "H W 3"]
     labels: Int[Tensor, "H W"]
     """Indices of the run's prompts, −1 where the run has nothing."""

@@ -92,9 +92,8 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         config.average_init_density = density if config.average_init_density is None else config.average_init_density
         config.near_plane = near if config.near_plane is None else config.near_plane
         if chosen and capture is not None:
-            kind = "all around the scene" if capture.around else "from the front"
             self.remarks = [
-                f"Captured {kind} (the cameras turn through {capture.turn:.0f}°): geometry starts with density "
+                f"Captured {capture.described}: geometry starts with density "
                 f"{config.average_init_density:.2g} from the near plane {config.near_plane:.2g} on. Choose otherwise with "
                 "--pipeline.model.average-init-density and --pipeline.model.near-plane."
             ]

@@ -5,16 +5,19 @@ Geometry comes first and stands still once the semantic losses begin: a step of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
-from nerfstudio.models.splatfacto import RGB2SH, SplatfactoModel, SplatfactoModelConfig
+from nerfstudio.models.splatfacto import RGB2SH, SplatfactoModel, SplatfactoModelConfig, num_sh_bases
 from torch import Tensor
 
 from ovs3d_nerfstudio.engine.option_checks import SHARE, SIZE, Range
@@ -23,6 +26,8 @@ from ovs3d_nerfstudio.fields.semantic_field import LInfContraction
 from ovs3d_nerfstudio.gaussians.lenses import Lens, lens_of
 from ovs3d_nerfstudio.gaussians.plan import Plan, Window, plan_views
 from ovs3d_nerfstudio.gaussians.rasterization import harmonics, rasterization
+from ovs3d_nerfstudio.gaussians.shown import view_matrix
+from ovs3d_nerfstudio.gaussians.splats import Splat
 from ovs3d_nerfstudio.models.lpips import lpips_optional
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
 from ovs3d_nerfstudio.prompts.answers import packed, unpacked
@@ -31,8 +36,6 @@ LEAST_ALPHA = 1e-3
 """What is composited is divided by the opacity of a pixel, or by this where there is hardly any."""
 CLICK_FOCAL = 500.0
 """Focal length in pixels of the camera that looks along a ray: a pixel is as wide as in an ordinary view."""
-FLIPPED = (1.0, -1.0, -1.0)
-"""From nerfstudio's axes of a camera (y up, looking along −z) to gsplat's (y down, looking along z)."""
 
 
 @dataclass
@@ -40,10 +43,12 @@ class OVS3DSplatModelConfig(SemanticModelConfig, SplatfactoModelConfig):
     """Splatfacto with a semantic field."""
 
     _target: type = field(default_factory=lambda: OVS3DSplatModel)
+    init_from: Path | None = None
+    """What training begins with: the PLY of a splat by any trainer, or a run of ours of either geometry (its folder or
+    config.yml), whose semantics and prompts come along. Needed once: a checkpoint holds what was taken from it."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         **SemanticModelConfig.RANGES,
-        "semantics_start": SIZE,
         "ssim_lambda": SHARE,
         "num_random": SIZE,
     }
@@ -73,6 +78,41 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         return self.composite_with_background(image, self.background_color.to(image))
 
+    # What training begins with, where that is brought along (see `brought`).
+
+    @property
+    def splat(self) -> Splat:
+        """The Gaussians as they are now, their colours as spherical harmonics."""
+        parts = (self.means, self.scales, self.quats, self.opacities, self.shs_0, self.shs_rest)
+        return Splat(*(part.detach() for part in parts))
+
+    def begin_with(self, splat: Splat) -> None:
+        """Takes up other Gaussians, in the model's frame. The parameters stay the objects that optimizers know."""
+        config = self.config
+        # Degree 0 is not harmonics to splatfacto, but colours behind a sigmoid, which does not reach all that a splat may have.
+        config.sh_degree = max(1, config.sh_degree, splat.degree)
+        wanted = num_sh_bases(config.sh_degree) - 1 - splat.rest.shape[1]
+        self._take(replace(splat, rest=F.pad(splat.rest, (0, 0, 0, wanted))))
+
+    def begin_at(self, points: Float[Tensor, "n 3"], colors: Float[Tensor, "n 3"]) -> None:
+        """Begins at points with their colours in [0, 1], as splatfacto does: round, as wide as to the three nearest others."""
+        config, count = self.config, len(points)
+        distances, _ = self.k_nearest_sklearn(points.cpu(), 3)
+        scales = torch.from_numpy(np.log(distances.mean(-1, keepdims=True).clip(1e-7))).float().expand(-1, 3)
+        colors = colors.clamp(1e-3, 1 - 1e-3)
+        base = RGB2SH(colors) if config.sh_degree > 0 else torch.logit(colors)
+        quats = F.normalize(torch.randn(count, 4), dim=-1)
+        rest = torch.zeros(count, num_sh_bases(config.sh_degree) - 1, 3)
+        opacities = torch.logit(torch.full((count, 1), 0.1))
+        self._take(Splat(points, scales, quats, opacities, base, rest))
+
+    def _take(self, parts: Splat) -> None:
+        """Has these very numbers for parameters."""
+        names = {"base": "features_dc", "rest": "features_rest"}
+        for name, value in vars(parts).items():
+            parameter = self.gauss_params[names.get(name, name)]
+            parameter.data = value.detach().to(self.device, torch.float32, copy=True).contiguous()
+
     # What a checkpoint holds beside parameters.
 
     def step_state(self) -> Any:
@@ -89,6 +129,8 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
             saved = dict.get(f"gauss_params.{name}")
             if saved is not None:
                 parameter.data = torch.empty_like(saved, device=parameter.device)
+                if name == "features_rest":  # what was brought along has as many as it had
+                    self.config.sh_degree = math.isqrt(saved.shape[1] + 1) - 1
         return torch.nn.Module.load_state_dict(self, dict, **kwargs)
 
     def update_to_step(self, step: int) -> None:
@@ -285,7 +327,10 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
 
     def _sh_degree(self) -> int | None:
         config = self.config
-        return min(self.step // config.sh_degree_interval, config.sh_degree) if config.sh_degree > 0 else None
+        if config.sh_degree == 0:
+            return None
+        known = config.sh_degree if config.init_from is not None else self.step // config.sh_degree_interval
+        return min(known, config.sh_degree)
 
     def _coefficients(self, chosen: Int[Tensor, " m"] | None) -> Float[Tensor, "..."]:
         """Spherical harmonics of Gaussians, or their colours where there are none."""
@@ -300,10 +345,3 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         if degree is None:
             return coefficients
         return harmonics(degree, self.means[seen] - centre, coefficients)
-
-
-def view_matrix(poses: Float[Tensor, "c 3 4"]) -> Float[Tensor, "c 4 4"]:
-    """World to camera in gsplat's axes, from nerfstudio's camera to world."""
-    rotation = (poses[:, :3, :3] * poses.new_tensor(FLIPPED)).mT
-    shift = -rotation @ poses[:, :3, 3:]
-    return F.pad(torch.cat([rotation, shift], -1), (0, 0, 0, 1)) + poses.new_tensor([0.0, 0, 0, 1]).diag()

