@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,13 @@ import psutil
 import torch
 
 from ovs3d_nerfstudio.doctor.findings import Finding, good_or
-from ovs3d_nerfstudio.encoders.base import EncoderError, image_text_encoder, token_encoder
+from ovs3d_nerfstudio.encoders.base import (
+    EncoderError,
+    ImageTextEncoder,
+    TokenEncoder,
+    image_text_encoder,
+    token_encoder,
+)
 from ovs3d_nerfstudio.engine.threads import busy_hint
 from ovs3d_nerfstudio.memory import free_memory
 
@@ -111,7 +118,8 @@ def encoder_findings() -> tuple[list[Finding], list[Finding]]:
     kinds: list[list[Finding]] = []
     for specs, level in ((OPENED, "warning"), (("offline", "offline"), "note")):
         found = []
-        for choose, spec in zip((image_text_encoder, token_encoder), specs, strict=True):
+        choices: tuple[Callable[[str], ImageTextEncoder | TokenEncoder], ...] = (image_text_encoder, token_encoder)
+        for choose, spec in zip(choices, specs, strict=True):
             about = f"encoder {spec}"
             try:
                 encoder = choose(spec)

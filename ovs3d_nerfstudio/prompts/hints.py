@@ -24,7 +24,7 @@ _WORDS = (
     "screwdriver; drill; rope; wire; keyboard; computer screen; telephone; camera; radio; car; truck; bicycle; motorcycle; train; "
     "airplane; boat; road; bridge; building; roof; fence; tree; leaves; flower; grass; bush; soil; sand; stone; rock; water; sea; "
     "sky; cloud; mountain; snow; person; face; hand; dog; cat; bird; horse; cow; fish; insect; bread; fruit; vegetable; meat; cake; "
-    "shirt; trousers; shoe; hat; glasses; ball; toy; doll; ball game; musical instrument; plastic; metal; paper; cloth; leather; glass"
+    "shirt; trousers; shoe; hat; glasses; ball; toy; doll; apple; musical instrument; plastic; metal; paper; cloth; leather; glass"
 )
 VOCABULARY = tuple(word.strip() for word in _WORDS.split(";"))
 """Everyday things and surfaces."""
