@@ -44,6 +44,12 @@ warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multid
 # Its successor is not in the torch versions that nerfstudio supports.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
+# Of what other packages do among themselves.
+warnings.filterwarnings(
+    "ignore", message=r"Importing `.*` from `torchmetrics|`torch.jit.script` is deprecated", category=FutureWarning
+)
+warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
+
 WITHOUT_PROMPTS = (
     "The field learns the features alone, and words can be asked of it afterwards: in the viewer's group Prompts, by --prompts of "
     "`ovs3d render`, `objects` and `export`, or from Python; the output features_pca shows what it has learned."

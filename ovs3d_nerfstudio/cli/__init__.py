@@ -64,8 +64,9 @@ def _run(words: Sequence[str]) -> None:
     module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
     # Where a subcommand has subcommands of its own, its `Command` is a union, and the module says what they are.
     purpose = cleandoc((module.Command if isinstance(module.Command, type) else module).__doc__ or "")
-    split = getattr(module, "split_words", lambda given: (given, []))
-    own, of_dataparser = split(words[1:])
+    own, of_dataparser = list(words[1:]), []
+    if hasattr(module, "split_words"):
+        own, of_dataparser = module.split_words(own)
     command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=own, description=purpose)
     if of_dataparser:
         command.dataparser = tuple(of_dataparser)

@@ -104,7 +104,7 @@ class SceneOptions:
         from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
         from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
-        parser = NerfstudioDataParserConfig()
+        parser: DataParserConfig = NerfstudioDataParserConfig()
         if self.dataparser:
             parser = tyro.cli(AnnotatedDataParserUnion, prog="ovs3d …", args=self.dataparser)
         parser.data = self.data

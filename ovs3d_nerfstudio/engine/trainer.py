@@ -133,15 +133,16 @@ class OVS3DTrainer(SavingTrainer):
             datamanager: Any = self.pipeline.datamanager
             datamanager.frame.write(self.base_dir)
         for shown in writer.EVENT_WRITERS:
-            if isinstance(shown, writer.LocalWriter):
+            if isinstance(shown, writer.LocalWriter) and shown.config.max_log_size:
                 shown.stats_to_track.append(MIOU)
 
     def train(self) -> None:
         """As nerfstudio's; features are made before the clock of the first step runs."""
         with self._ending():
             if self._start_step < self.config.max_num_iterations:
+                pipeline: Any = self.pipeline
                 with self.train_lock:
-                    self.pipeline.ready_to_train()
+                    pipeline.ready_to_train()
             super().train()
 
     def train_iteration(self, step: int) -> Any:
@@ -175,6 +176,10 @@ class OVS3DTrainer(SavingTrainer):
                 drawn = random_state()  # the run shall not depend on who looks
                 self.pipeline.get_eval_image_metrics_and_images(step)
                 set_random_state(drawn)
+        miou, all_lines = self.pipeline.last_miou, not config.logging.local_writer.max_log_size
+        if miou is not None and all_lines and step_check(step, config.steps_per_eval_image):
+            # Such a log has its header once, at the beginning, when there is no mIoU.
+            CONSOLE.print(f"A held-out view at step {step}: mIoU {miou:.3f}.")
 
     def _train_complete_viewer(self) -> None:
         """Ends, unless somebody looks at the viewer; then when nobody does any more, or at Ctrl-C."""
