@@ -8,6 +8,7 @@ import sys
 import pytest
 from nerfstudio.configs.dataparser_configs import dataparsers
 
+from ovs3d_nerfstudio import cli
 from ovs3d_nerfstudio.cli import SUBCOMMANDS
 from ovs3d_nerfstudio.cli.scenes import DATAPARSERS, split_words
 
@@ -60,3 +61,13 @@ def test_a_dataparser_and_its_options_are_cut_off_the_words():
     words = ["--data", "colmap", "--scales", "3", "5", "ovs3d-data", "--protocol", "paper"]
     assert split_words(words) == (words[:5], words[5:])
     assert split_words(words[:5]) == (words[:5], [])
+
+
+def test_ctrl_c_ends_any_subcommand_in_one_line_with_status_130(monkeypatch, capsys):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["preview", "--data", "x"])
+    assert end.value.code == 130 and capsys.readouterr().err.strip() == "Stopped."

@@ -14,7 +14,7 @@ from PIL import Image
 from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.labels import LabelFolder, read_labels
 from ovs3d_nerfstudio.cli.poses import poses_of
-from ovs3d_nerfstudio.cli.render import RenderCameraPath, crop_in_model, crop_of
+from ovs3d_nerfstudio.cli.render import RenderCameraPath, WholeVideo, crop_in_model, crop_of
 from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.errors import CommandError
@@ -152,6 +152,20 @@ def test_a_pose_of_the_data_is_rendered_as_its_photo(trained, scene, tmp_path, o
     one = np.asarray(Image.open(tmp_path / "poses" / "00000.png")).astype(int)
     other = np.asarray(Image.open(tmp_path / "all" / "test" / "rgb" / "test_01.png")).astype(int)
     assert np.abs(one - other).max() <= 2
+
+
+def test_a_video_that_is_interrupted_leaves_nothing_and_a_whole_one_has_its_name(tmp_path):
+    def write(interrupted: bool) -> None:
+        with WholeVideo(tmp_path / "v.mp4", shape=(36, 48), fps=5) as video:
+            video.add_image(np.zeros((36, 48, 3), np.uint8))
+            if interrupted:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(True)
+    assert not list(tmp_path.iterdir())
+    write(False)
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 from nerfstudio.utils import writer
 from nerfstudio.utils.writer import EventName
 
+from ovs3d_nerfstudio.engine import trainer as trainer_module
 from ovs3d_nerfstudio.engine.endings import ending, remove_new
 from ovs3d_nerfstudio.engine.trainer import MIOU, OVS3DTrainer
 from ovs3d_nerfstudio.pipeline import told_figures
@@ -68,6 +69,21 @@ def test_the_log_shows_no_time_of_the_first_step_and_the_miou_from_then_on(monke
         trainer.pipeline.last_miou = 0.5
     shown = [(str(getattr(event["name"], "value", event["name"])), event["event"]) for event in writer.EVENT_STORAGE]
     assert shown == [("Train Iter (time)", 0.1), ("ETA (time)", pytest.approx(99.0)), (MIOU, 0.5)]
+
+
+@pytest.mark.parametrize("looks", [0, 3], ids=["nobody looks", "somebody looks for a while"])
+def test_training_ends_when_nobody_looks_at_its_viewer(monkeypatch, capsys, tmp_path, looks):
+    monkeypatch.setattr(trainer_module, "AWAY", 0.3)
+    seen = iter(range(10_000))
+    server = SimpleNamespace(get_clients=lambda: {0: "page"} if next(seen) < looks else {})
+    done = []
+    trainer = OVS3DTrainer.__new__(OVS3DTrainer)
+    trainer.viewer_state = SimpleNamespace(viser_server=server, training_complete=lambda: done.append(True))
+    trainer.base_dir = tmp_path
+    trainer._train_complete_viewer()
+    said = capsys.readouterr().out
+    assert done and f"ns-viewer --load-config {tmp_path / 'config.yml'}" in said.replace("\n", "")
+    assert ("as long as somebody looks" in said) == bool(looks) and next(seen) >= looks
 
 
 def test_what_an_evaluation_found_is_said():
