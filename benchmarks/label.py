@@ -34,7 +34,6 @@ from seeds import read_depth
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "encoders"))
 
-from ovs3d_nerfstudio.cli.common import open_run  # noqa: E402
 from ovs3d_nerfstudio.data.views import read_view  # noqa: E402
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator  # noqa: E402
 from ovs3d_nerfstudio.evaluation.splits import evaluate_split  # noqa: E402
@@ -42,6 +41,7 @@ from ovs3d_nerfstudio.gaussians.plan import plan_views  # noqa: E402
 from ovs3d_nerfstudio.gaussians.shown import view_matrix  # noqa: E402
 from ovs3d_nerfstudio.gaussians.splat_files import read_splat  # noqa: E402
 from ovs3d_nerfstudio.prompts.prompts import read_prompts_file  # noqa: E402
+from ovs3d_nerfstudio.run_files import open_run  # noqa: E402
 
 AGREES = 0.02
 """A Gaussian is seen in a view where its depth is that of the map, give or take this share."""
