@@ -49,9 +49,11 @@ TITLES = (
     "splat",
     "encoder",
     "seconds",
+    "CPU seconds",
     "memory (GB)",
     "mIoU",
     "boundary IoU",
+    "mIoU of the file",
     "Gaussians right",
     "of those with a class",
 )
