@@ -1,4 +1,4 @@
-"""Gaussians begin on what the photos show, in the training frame, whatever the cameras; and the log says why they begin there."""
+"""Geometry begins on what the photos show, in the training frame, whatever the cameras; and the log says why it begins there."""
 
 import io
 import json
@@ -15,7 +15,8 @@ from rich.console import Console
 from test_data import NAMES, SOLIDS, Lens, classes_of, write_scene
 
 from ovs3d_nerfstudio.data import seeds as module
-from ovs3d_nerfstudio.data.seeds import FEWEST, RANDOM, Seeds, SeedsError, seed_points
+from ovs3d_nerfstudio.data.seeds import FEWEST, RANDOM, Seeds, SeedsError, found_points, seed_points
+from ovs3d_nerfstudio.data.sightings import find_sightings
 from ovs3d_nerfstudio.demo.raycast import Camera, _first_hits
 from ovs3d_nerfstudio.demo.scene import train_cameras
 
@@ -126,6 +127,41 @@ def test_all_things_get_points_with_their_colours(scenes, cache):
     assert seen.sum() > 3000 and off < 15
 
 
+def sightings_in(outputs, cache: Path):
+    """The sightings, and what was printed."""
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    photos, masks = outputs.image_filenames, outputs.mask_filenames
+    return find_sightings(photos, masks, outputs.cameras, cache, console, "cpu"), printed.getvalue()
+
+
+@pytest.mark.parametrize("lens", [None, "OPENCV", "OPENCV_FISHEYE"])
+def test_rays_end_where_the_photos_meet_the_scene(scenes, cache, lens):
+    outputs = parsed(scenes(lens))
+    sightings, printed = sightings_in(outputs, cache)
+    assert f"where {len(sightings):,} rays end" in printed
+    torch.testing.assert_close(sightings.directions.norm(dim=-1), torch.ones(len(sightings)))
+    ends = sightings.origins + sightings.distances[:, None] * sightings.directions
+    origins, ends = (to_data(outputs, points.numpy()) for points in (sightings.origins, ends))
+    _, met = _first_hits(SOLIDS, origins.T.astype(np.float32), (ends - origins).T.astype(np.float32))
+    # Nothing stands before, and something is there.
+    assert (np.abs(met - 1) < 0.02).mean() > 0.93
+    # All cameras say something.
+    assert len(sightings.origins.unique(dim=0)) == len(outputs.cameras)
+    rays, distances = sightings.draw(1000)
+    ends = set(map(tuple, (sightings.directions * sightings.distances[:, None]).tolist()))
+    assert set(map(tuple, (rays.directions * distances[:, None]).tolist())) <= ends
+
+
+def test_every_point_is_found_in_some_photo(scenes, cache):
+    outputs = parsed(scenes())
+    seeds = found_points(outputs.image_filenames, None, outputs.cameras, cache, Console(file=io.StringIO()))
+    assert set(seeds.point) == set(range(len(seeds.positions)))
+    for i in range(len(outputs.image_filenames)):
+        view = module.read_view(outputs.image_filenames[i], None, outputs.cameras, i)
+        assert view.inside(view.project(seeds.positions[seeds.point[seeds.view == i]].astype(float))[0]).mean() > 0.99
+
+
 def test_points_of_the_data_are_used_as_they_are(scenes, tmp_path):
     scene = scenes()
     points = np.random.default_rng(0).normal(size=(40, 3))
@@ -175,6 +211,17 @@ def test_plain_photos_begin_at_random_where_cameras_look_and_say_so(scenes, tmp_
     views = [module.read_view(path, None, outputs.cameras, i) for i, path in enumerate(outputs.image_filenames)]
     seen = np.sum([view.inside(view.project(seeds.positions.astype(float))[0]) for view in views], 0)
     assert np.median(seen) >= 0.8 * len(views) and seen.min() >= 2
+
+
+def test_nerfs_begin_without_points_where_few_are_found_and_say_so(scenes, tmp_path):
+    outputs = parsed(scenes())
+    outputs.image_filenames = outputs.image_filenames[:1] * 3
+    outputs.cameras = outputs.cameras[torch.zeros(3, dtype=torch.long)]
+    sightings, printed = sightings_in(outputs, tmp_path)
+    assert sightings is None and "Only 0 points were found in the photos" in printed
+    outputs.cameras.camera_type = torch.full_like(outputs.cameras.camera_type, CameraType.EQUIRECTANGULAR.value)
+    sightings, printed = sightings_in(outputs, tmp_path)
+    assert sightings is None and "no pinhole's or fisheye's" in printed
 
 
 @pytest.mark.parametrize("count", [1, 3])

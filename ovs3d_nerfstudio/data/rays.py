@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ovs3d_nerfstudio.data.checked import CheckedData
 from ovs3d_nerfstudio.data.dataset import OVS3DDataset
+from ovs3d_nerfstudio.data.sightings import Sightings, find_sightings
 from ovs3d_nerfstudio.data.teaching import Teaching, TeachingConfig
-from ovs3d_nerfstudio.engine.option_checks import SIZE, Range
+from ovs3d_nerfstudio.engine.option_checks import COUNT, SIZE, Range
 from ovs3d_nerfstudio.features.teachers import Windows
 
 
@@ -40,8 +43,15 @@ class OVS3DDataManagerConfig(TeachingConfig, VanillaDataManagerConfig):
     pixel_sampler: PixelSamplerConfig = field(default_factory=lambda: PixelSamplerConfig(_target=MaskedPixelSampler))
     """How rays are drawn from the photos; never where a mask ignores them."""
 
+    depth_rays: int = 256
+    """Rays a step to points that were found in the photos, for the depth loss; 0 finds none."""
+    depth_steps: int = 500
+    """First steps, over which the depth loss fades away: geometry begins where things are, and goes on by the photos alone."""
+
     RANGES: ClassVar[Mapping[str, Range]] = {
         **TeachingConfig.RANGES,
+        "depth_rays": COUNT,
+        "depth_steps": COUNT,
         "train_num_rays_per_batch": SIZE,
         "eval_num_rays_per_batch": SIZE,
         "camera_res_scale_factor": Range(0, 1, closed=False),
@@ -63,11 +73,15 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
     ) -> tuple[RayBundle, RayBundle | None, dict]:
         """What a step trains on: rays, the rays of windows where there are some, and a batch to learn from.
 
-        The batch has nerfstudio's entries; with `semantics` also `teachers` and `ranges` of the rays (see `teachers_of`), and
+        The batch has nerfstudio's entries; in the first steps also `sightings`: rays, how far each goes, and what share of its
+        weight the depth loss has; with `semantics` also `teachers` and `ranges` of the rays (see `teachers_of`), and
         with `windows` their `windows`, colours included where `colors` asks for them.
         """
         rays, batch = self.next_train(step)
         batch["image"] = batch["image"].to(self.device, non_blocking=True)
+        config = self.config
+        if config.depth_rays and step < config.depth_steps and self.sightings is not None:
+            batch["sightings"] = *self.sightings.draw(config.depth_rays), 1 - step / config.depth_steps
         if not semantics:
             return rays, None, batch
         batch["teachers"], batch["ranges"] = self.teachers_of(batch["indices"])
@@ -81,6 +95,13 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
         """Windows (see `draw_windows`) with their rays, or None when no window is asked for."""
         windows = self.draw_windows(colors)
         return None if windows is None else (self.train_ray_generator(windows.indices), windows)
+
+    @cached_property
+    def sightings(self) -> Sightings | None:
+        """Those of the training photos, found when first asked for; None where the photos show too little."""
+        parsed = self.train_dataparser_outputs
+        photos, masks = self.train_dataset.image_filenames, parsed.mask_filenames
+        return find_sightings(photos, masks, parsed.cameras, self.cache_folder(), CONSOLE, self.device)
 
     def photos_in_memory(self) -> Mapping[int, Float[Tensor, "H W c"]]:
         """Those that nerfstudio draws rays from; looked up anew only when it has changed them, as a GPU would have to be waited

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SIZE, Range
 from ovs3d_nerfstudio.fields.compositing import top_samples
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
 from ovs3d_nerfstudio.fields.semantic_field import LInfContraction
+from ovs3d_nerfstudio.losses.depth import depth_loss
 from ovs3d_nerfstudio.memory import filled_in_chunks, free_memory
 from ovs3d_nerfstudio.models.lpips import lpips_optional
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
@@ -38,9 +39,12 @@ class OVS3DModelConfig(SemanticModelConfig, NerfactoModelConfig):
     """Density at the start. Default: by the capture (see `capture`), 0.3 from the front, about 1 all around."""
     near_plane: float | None = None  # type: ignore[assignment]
     """Where rays begin. Default: by the capture, nerfacto's 0.05 from the front, 0.4 of the way to the subject all around."""
+    depth_loss_mult: float = 0.03
+    """Weight of the depth loss in the first step: rays to points that were found in the photos end there."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         **SemanticModelConfig.RANGES,
+        "depth_loss_mult": COUNT,
         "eval_num_rays_per_chunk": SIZE,
         "average_init_density": POSITIVE,
         "near_plane": COUNT,
@@ -124,6 +128,35 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             return outputs
         metrics = self.get_metrics_dict(outputs, batch)
         return outputs, self.get_loss_dict(outputs, batch, metrics), metrics
+
+    def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
+        loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)
+        if "sightings" in batch and self.config.depth_loss_mult:
+            loss_dict["depth_loss"] = self.config.depth_loss_mult * self._depth_loss(*batch["sightings"])
+        return loss_dict
+
+    def _depth_loss(self, rays: RayBundle, distances: Float[Tensor, " R"], share: float) -> Float[Tensor, ""]:
+        """Of the field and of the proposals, which decide where it is looked at."""
+        if self.collider is not None:
+            rays = self.collider(rays)
+        total = distances.new_zeros(())
+        for samples, weights in self._passes(rays):
+            edges = samples.frustums
+            total = total + depth_loss(weights[..., 0], edges.starts[..., 0], edges.ends[..., 0], distances)
+        return share * total
+
+    def _passes(self, rays: RayBundle) -> Iterator[tuple[RaySamples, Float[Tensor, "R n 1"]]]:
+        """Samples and weights of the proposals and then of the field, which all learn from them: in each step, and without
+        a change of the proposals' schedule."""
+        sampler = self.proposal_sampler
+        *counts, last = *self.config.num_proposal_samples_per_ray, self.config.num_nerf_samples_per_ray
+        samples = sampler.initial_sampler(rays, num_samples=counts[0])
+        for density_fn, count in zip(self.density_fns, [*counts[1:], last], strict=True):
+            weights = samples.get_weights(density_fn(samples.frustums.get_positions()))
+            yield samples, weights
+            annealed = weights.detach() ** sampler._anneal
+            samples = sampler.pdf_sampler(rays, samples, annealed, num_samples=count)
+        yield samples, samples.get_weights(self.field.get_density(samples)[0])
 
     def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
         rays = RayBundle(
