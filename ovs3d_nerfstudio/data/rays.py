@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
@@ -43,9 +45,10 @@ class OVS3DDataManagerConfig(TeachingConfig, VanillaDataManagerConfig):
     pixel_sampler: PixelSamplerConfig = field(default_factory=lambda: PixelSamplerConfig(_target=MaskedPixelSampler))
     """How rays are drawn from the photos; never where a mask ignores them."""
 
-    depth_rays: int = 256
-    """Rays a step to points that were found in the photos, for the depth loss; 0 finds none."""
-    depth_steps: int = 500
+    depth_rays: int = 1024
+    """How many of a step's rays, at most half of them, go to points that were found in the photos, for the depth loss; 0 finds
+    none."""
+    depth_steps: int = 2000
     """First steps, over which the depth loss fades away: geometry begins where things are, and goes on by the photos alone."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
@@ -73,15 +76,11 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
     ) -> tuple[RayBundle, RayBundle | None, dict]:
         """What a step trains on: rays, the rays of windows where there are some, and a batch to learn from.
 
-        The batch has nerfstudio's entries; in the first steps also `sightings`: rays, how far each goes, and what share of its
-        weight the depth loss has; with `semantics` also `teachers` and `ranges` of the rays (see `teachers_of`), and
-        with `windows` their `windows`, colours included where `colors` asks for them.
+        The batch has the entries of `next_train`; with `semantics` also `teachers` and `ranges` of the rays (see `teachers_of`),
+        and with `windows` their `windows`, colours included where `colors` asks for them.
         """
         rays, batch = self.next_train(step)
         batch["image"] = batch["image"].to(self.device, non_blocking=True)
-        config = self.config
-        if config.depth_rays and step < config.depth_steps and self.sightings is not None:
-            batch["sightings"] = *self.sightings.draw(config.depth_rays), 1 - step / config.depth_steps
         if not semantics:
             return rays, None, batch
         batch["teachers"], batch["ranges"] = self.teachers_of(batch["indices"])
@@ -91,6 +90,21 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
         window_rays, batch["windows"] = drawn
         return rays, window_rays, batch
 
+    def next_train(self, step: int) -> tuple[RayBundle, dict]:
+        """As nerfstudio's. In the first steps the last rays are of `sightings`, and the batch has their `distances` and, as
+        `distances_share`, what is left of the depth loss by then."""
+        self.train_count += 1
+        batch = self.train_pixel_sampler.sample(next(self.iter_train_image_dataloader))
+        config, drawn = self.config, len(batch["indices"])
+        count = min(config.depth_rays, drawn // 2)
+        if count and step < config.depth_steps and self.sightings is not None:
+            seen, image = self.sightings.draw(count), batch["image"]
+            colors = F.pad(seen.colors.to(image.device), (0, image.shape[-1] - 3), value=1.0)  # and opaque
+            batch["indices"] = torch.cat([batch["indices"][:-count], seen.pixels.to(batch["indices"].device)])
+            batch["image"] = torch.cat([image[:-count], colors])
+            batch["distances"], batch["distances_share"] = seen.distances, 1 - step / config.depth_steps
+        return self.train_ray_generator(batch["indices"]), batch
+
     def next_windows(self, colors: bool = False) -> tuple[RayBundle, Windows] | None:
         """Windows (see `draw_windows`) with their rays, or None when no window is asked for."""
         windows = self.draw_windows(colors)
@@ -99,9 +113,9 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
     @cached_property
     def sightings(self) -> Sightings | None:
         """Those of the training photos, found when first asked for; None where the photos show too little."""
-        parsed = self.train_dataparser_outputs
-        photos, masks = self.train_dataset.image_filenames, parsed.mask_filenames
-        return find_sightings(photos, masks, parsed.cameras, self.cache_folder(), CONSOLE, self.device)
+        dataset, masks = self.train_dataset, self.train_dataparser_outputs.mask_filenames
+        photos, cameras = dataset.image_filenames, dataset.cameras
+        return find_sightings(photos, masks, cameras, self.cache_folder(), CONSOLE, self.device)
 
     def photos_in_memory(self) -> Mapping[int, Float[Tensor, "H W c"]]:
         """Those that nerfstudio draws rays from; looked up anew only when it has changed them, as a GPU would have to be waited

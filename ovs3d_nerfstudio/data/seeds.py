@@ -64,6 +64,8 @@ class Seeds:
     point: Int32[ndarray, " K"]
     view: Int32[ndarray, " K"]
     """Point `point[k]` was found in photo `view[k]`. Nobody knows where points that come with the data were."""
+    place: Float32[ndarray, "K 2"]
+    """And there at these shares of the width and the height."""
 
 
 def seed_points(
@@ -108,16 +110,17 @@ def found_points(
     key = content_key(image_filenames, masks, cameras)
 
     def make() -> dict[str, torch.Tensor]:
-        found, counts = find_points(image_filenames, masks, cameras, console)
+        found, places, counts = find_points(image_filenames, masks, cameras, console)
         tensors = {"positions": found.positions.astype(np.float32), "colors": found.colors, "counts": np.array(counts)}
         tensors |= {"point": found.point.astype(np.int32), "view": found.view.astype(np.int32)}
+        tensors["place"] = places.astype(np.float32)
         return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
     cache.fill(key, make, wait=True)
     # Copies: what the cache loads lies in its file, which may change under a long run.
     tensors = {name: tensor.numpy().copy() for name, tensor in cache.load(key).items()}
     origin = _origin(*tensors["counts"].tolist())
-    return Seeds(tensors["positions"], tensors["colors"], origin, tensors["point"], tensors["view"])
+    return Seeds(origin=origin, **{name: tensor for name, tensor in tensors.items() if name != "counts"})
 
 
 def unfit(cameras: Cameras) -> set[CameraType]:
@@ -143,6 +146,7 @@ def _of_data(positions: torch.Tensor, colors: torch.Tensor | None) -> Seeds:
         rgb.to(torch.uint8).numpy(),
         f"Gaussians begin at the {len(positions):,} points that come with the data{remark}.",
         *np.zeros((2, 0), np.int32),
+        np.zeros((0, 2), np.float32),
     )
 
 
@@ -181,9 +185,9 @@ def content_key(photos: Sequence[Path], masks: Sequence[Path | None], cameras: C
 
 def find_points(
     photos: Sequence[Path], masks: Sequence[Path | None], cameras: Cameras, console: Console
-) -> tuple[Points, tuple[int, int, int]]:
-    """Points found in photos, filled up with random ones (found in none) where they are few; and how many are features', of
-    stereo, and random."""
+) -> tuple[Points, Float[ndarray, "K 2"], tuple[int, int, int]]:
+    """Points found in photos, filled up with random ones (found in none) where they are few; where in the photos each was
+    found, as shares of width and height; and how many are features', of stereo, and random."""
     columns = (
         TextColumn("[cyan]{task.description}"),
         BarColumn(),
@@ -219,10 +223,17 @@ def find_points(
     room = COUNT - len(sparse)
     found = joined(known.only(sparse), dense.only(np.arange(len(dense.positions))[:room]))
     counts = len(sparse), len(found.positions) - len(sparse)
+    places, seen = np.zeros((len(found.point), 2)), np.zeros(len(found.point), bool)
+    for i, view in enumerate(views):
+        mine = found.view == i
+        pixels, _ = view.project(found.positions[found.point[mine]])
+        places[mine], seen[mine] = pixels / view.size, view.inside(pixels)
+    # A few lie a pixel off their feature, and beyond the edge.
+    found, places = replace(found, point=found.point[seen], view=found.view[seen]), places[seen]
     if len(found.positions) >= FEWEST:
-        return found, (*counts, 0)
+        return found, places, (*counts, 0)
     more = random_points(views, depth_range(views, cameras, known), RANDOM - len(found.positions))
-    return joined(found, replace(NO_POINTS, positions=more[0], colors=more[1])), (*counts, len(more[0]))
+    return joined(found, replace(NO_POINTS, positions=more[0], colors=more[1])), places, (*counts, len(more[0]))
 
 
 def depth_range(views: Sequence[View], cameras: Cameras, known: Points) -> tuple[float, float]:

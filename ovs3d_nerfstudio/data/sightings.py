@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.cameras.rays import RayBundle
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
@@ -25,29 +24,24 @@ from ovs3d_nerfstudio.data.seeds import FEWEST, Seeds, found_points, unfit
 
 @dataclass(frozen=True)
 class Sightings:
-    """Rays from cameras to points that were found in their photos."""
+    """Pixels of the training photos in which points were found."""
 
-    origins: Float[Tensor, "N 3"]
-    directions: Float[Tensor, "N 3"]
-    """Unit vectors."""
+    pixels: Int[Tensor, "N 3"]
+    """View, row and column, on the CPU."""
     distances: Float[Tensor, " N"]
     """From the camera to the point, in the training frame."""
+    colors: Float[Tensor, "N 3"]
+    """Of the points, in [0, 1]."""
 
     def __len__(self) -> int:
         return len(self.distances)
 
-    def draw(self, count: int) -> tuple[RayBundle, Float[Tensor, " count"]]:
-        """Rays at random, and how far each goes."""
-        # Drawn on the CPU: the same whatever the device, and nobody waits for it.
-        drawn = torch.randint(len(self), (count,)).to(self.distances.device, non_blocking=True)
-        origins = self.origins[drawn]
-        rays = RayBundle(
-            origins=origins,
-            directions=self.directions[drawn],
-            pixel_area=torch.full_like(origins[:, :1], 1e-6),
-            camera_indices=torch.zeros_like(drawn)[:, None],
-        )
-        return rays, self.distances[drawn]
+    def draw(self, count: int) -> Sightings:
+        """Some at random."""
+        # On the CPU: the same whatever the device, which is not waited for.
+        drawn = torch.randint(len(self), (count,))
+        there = drawn.to(self.distances.device, non_blocking=True)
+        return Sightings(self.pixels[drawn], self.distances[there], self.colors[there])
 
 
 def find_sightings(
@@ -60,6 +54,9 @@ def find_sightings(
 ) -> Sightings | None:
     """The sightings of the training photos, found now or by whoever asked before; None where there are too few to rely on, or
     the cameras are none that points are found with. Says which.
+
+    Args:
+        cameras: in the size in which the photos are trained on.
 
     Raises PictureError for a photo, CacheError for the cache.
     """
@@ -82,8 +79,9 @@ def find_sightings(
 
 def sightings_of(seeds: Seeds, cameras: Cameras, device: torch.device | str) -> Sightings:
     """Those of the points in the photos that they were found in."""
-    centres = cameras.camera_to_worlds[:, :3, 3].cpu()
-    origins = centres[torch.from_numpy(seeds.view).long()]
-    way = torch.from_numpy(seeds.positions)[torch.from_numpy(seeds.point).long()] - origins
-    distances = way.norm(dim=-1)
-    return Sightings(origins.to(device), (way / distances[:, None]).to(device), distances.to(device))
+    view, point = torch.from_numpy(seeds.view).long(), torch.from_numpy(seeds.point).long()
+    sizes = torch.cat([cameras.width, cameras.height], -1).cpu()[view]
+    columns, rows = (torch.from_numpy(seeds.place) * sizes).long().minimum(sizes - 1).clamp(min=0).unbind(-1)
+    way = torch.from_numpy(seeds.positions)[point] - cameras.camera_to_worlds[:, :3, 3].cpu()[view]
+    colors = torch.from_numpy(seeds.colors)[point].float() / 255
+    return Sightings(torch.stack([view, rows, columns], -1), way.norm(dim=-1).to(device), colors.to(device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -131,32 +131,18 @@ class OVS3DModel(SemanticModel, NerfactoModel):
 
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
         loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)
-        if "sightings" in batch and self.config.depth_loss_mult:
-            loss_dict["depth_loss"] = self.config.depth_loss_mult * self._depth_loss(*batch["sightings"])
+        if "distances" in batch and self.config.depth_loss_mult:
+            share = self.config.depth_loss_mult * batch["distances_share"]
+            loss_dict["depth_loss"] = share * self._depth_loss(outputs, batch["distances"])
         return loss_dict
 
-    def _depth_loss(self, rays: RayBundle, distances: Float[Tensor, " R"], share: float) -> Float[Tensor, ""]:
-        """Of the field and of the proposals, which decide where it is looked at."""
-        if self.collider is not None:
-            rays = self.collider(rays)
-        total = distances.new_zeros(())
-        for samples, weights in self._passes(rays):
-            edges = samples.frustums
-            total = total + depth_loss(weights[..., 0], edges.starts[..., 0], edges.ends[..., 0], distances)
-        return share * total
-
-    def _passes(self, rays: RayBundle) -> Iterator[tuple[RaySamples, Float[Tensor, "R n 1"]]]:
-        """Samples and weights of the proposals and then of the field, which all learn from them: in each step, and without
-        a change of the proposals' schedule."""
-        sampler = self.proposal_sampler
-        *counts, last = *self.config.num_proposal_samples_per_ray, self.config.num_nerf_samples_per_ray
-        samples = sampler.initial_sampler(rays, num_samples=counts[0])
-        for density_fn, count in zip(self.density_fns, [*counts[1:], last], strict=True):
-            weights = samples.get_weights(density_fn(samples.frustums.get_positions()))
-            yield samples, weights
-            annealed = weights.detach() ** sampler._anneal
-            samples = sampler.pdf_sampler(rays, samples, annealed, num_samples=count)
-        yield samples, samples.get_weights(self.field.get_density(samples)[0])
+    def _depth_loss(self, outputs: dict, distances: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Of the last rays, in the field and in the proposals, which decide where it is looked at."""
+        told, losses = slice(-len(distances), None), []
+        for weights, samples in zip(outputs["weights_list"], outputs["ray_samples_list"], strict=True):
+            starts, ends = (edges[told, :, 0] for edges in (samples.frustums.starts, samples.frustums.ends))
+            losses.append(depth_loss(weights[told, :, 0], starts, ends, distances))
+        return torch.stack(losses).sum()
 
     def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
         rays = RayBundle(
