@@ -89,15 +89,19 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         config = self.config
         capture = self.kwargs["metadata"].get("capture")  # none where no datamanager of ours made the model
         density, near = capture.start() if capture is not None else (THIN_DENSITY, NERFACTO_NEAR)
-        chosen = None in (config.average_init_density, config.near_plane)
-        config.average_init_density = density if config.average_init_density is None else config.average_init_density
-        config.near_plane = near if config.near_plane is None else config.near_plane
-        if chosen and capture is not None:
+        given = config.average_init_density, config.near_plane
+        config.average_init_density = density if given[0] is None else given[0]
+        config.near_plane = near if given[1] is None else given[1]
+        if capture is None:
+            return
+        self.remarks = capture.warnings(*given)
+        if None in given:
             kind = "all around the scene" if capture.around else "from the front"
             self.remarks = [
+                *self.remarks,
                 f"Captured {kind} (the cameras turn through {capture.turn:.0f}°): geometry starts with density "
                 f"{config.average_init_density:.2g} from the near plane {config.near_plane:.2g} on. Choose otherwise with "
-                "--pipeline.model.average-init-density and --pipeline.model.near-plane."
+                "--pipeline.model.average-init-density and --pipeline.model.near-plane.",
             ]
 
     def photo_of(self, image: Float[Tensor, "H W c"]) -> Float[Tensor, "H W 3"]:
