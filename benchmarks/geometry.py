@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=["full"], help=f"of {' '.join(ROWS)}; views-N; A+B")
     parser.add_argument("--method", default="ovs3d-lite", help="method whose geometry is trained")
+    parser.add_argument("--steps", type=int, help="end after so many, only to see that it runs (default: the method's)")
     parser.add_argument("--json", type=Path, default=Path("geometry.json"), help="results; taken up when it exists")
     parser.add_argument(
         "--output-dir", type=Path, default=Path("outputs", "geometry"), help="found points, runs, pictures"
@@ -75,7 +76,8 @@ def main() -> None:
                 key = {"method": arguments.method, "scene": scene.resolve().name, "row": row, "seed": seed}
                 if any(key.items() <= result.items() for result in results):
                     continue
-                results.append(key | measure(arguments.method, scene, row, seed, arguments.output_dir.resolve()))
+                job = arguments.method, scene, row, seed, arguments.steps, arguments.output_dir.resolve()
+                results.append(key | measure(*job))
                 print({name: round(x, 4) if isinstance(x, float) else x for name, x in results[-1].items()}, flush=True)
                 with written_beside(arguments.json) as beside:
                     beside.write_text(json.dumps(results, indent=1) + "\n")
@@ -97,7 +99,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def measure(method: str, scene: Path, row: str, seed: int, folder: Path) -> dict[str, Any]:
+def measure(method: str, scene: Path, row: str, seed: int, steps: int | None, folder: Path) -> dict[str, Any]:
     """Trains one row and looks at its held-out views."""
     config = copy.deepcopy(all_methods[method])
     data = scene
@@ -107,6 +109,7 @@ def measure(method: str, scene: Path, row: str, seed: int, folder: Path) -> dict
         for path, value in ROWS.get(part, {}).items():
             where, name = path.split(".")
             setattr(getattr(config.pipeline, where), name, value)
+    config.max_num_iterations = steps or config.max_num_iterations
     config.output_dir, config.experiment_name, config.timestamp = folder / "runs", scene.resolve().name, f"{row}-{seed}"
     config.vis, config.machine.seed, config.logging.local_writer.enable = "tensorboard", seed, False
     config.steps_per_eval_batch = config.steps_per_eval_image = config.steps_per_eval_all_images = 0

@@ -99,8 +99,12 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
         count = min(config.depth_rays, drawn // 2)
         if count and step < config.depth_steps and self.sightings is not None:
             seen, image = self.sightings.draw(count), batch["image"]
-            colors = F.pad(seen.colors.to(image.device), (0, image.shape[-1] - 3), value=1.0)  # and opaque
-            batch["indices"] = torch.cat([batch["indices"][:-count], seen.pixels.to(batch["indices"].device)])
+            colors = F.pad(
+                seen.colors.to(image.device, non_blocking=True), (0, image.shape[-1] - 3), value=1.0
+            )  # and opaque
+            batch["indices"] = torch.cat(
+                [batch["indices"][:-count], seen.pixels.to(batch["indices"].device, non_blocking=True)]
+            )
             batch["image"] = torch.cat([image[:-count], colors])
             batch["distances"], batch["distances_share"] = seen.distances, 1 - step / config.depth_steps
         return self.train_ray_generator(batch["indices"]), batch

@@ -31,7 +31,7 @@ class Sightings:
     distances: Float[Tensor, " N"]
     """From the camera to the point, in the training frame."""
     colors: Float[Tensor, "N 3"]
-    """Of the points, in [0, 1]."""
+    """Of the points, in [0, 1]; where photos are, on the CPU."""
 
     def __len__(self) -> int:
         return len(self.distances)
@@ -40,8 +40,8 @@ class Sightings:
         """Some at random."""
         # On the CPU: the same whatever the device, which is not waited for.
         drawn = torch.randint(len(self), (count,))
-        there = drawn.to(self.distances.device, non_blocking=True)
-        return Sightings(self.pixels[drawn], self.distances[there], self.colors[there])
+        distances = self.distances[drawn.to(self.distances.device, non_blocking=True)]
+        return Sightings(self.pixels[drawn], distances, self.colors[drawn])
 
 
 def find_sightings(
@@ -84,4 +84,4 @@ def sightings_of(seeds: Seeds, cameras: Cameras, device: torch.device | str) -> 
     columns, rows = (torch.from_numpy(seeds.place) * sizes).long().minimum(sizes - 1).clamp(min=0).unbind(-1)
     way = torch.from_numpy(seeds.positions)[point] - cameras.camera_to_worlds[:, :3, 3].cpu()[view]
     colors = torch.from_numpy(seeds.colors)[point].float() / 255
-    return Sightings(torch.stack([view, rows, columns], -1), way.norm(dim=-1).to(device), colors.to(device))
+    return Sightings(torch.stack([view, rows, columns], -1), way.norm(dim=-1).to(device), colors)
