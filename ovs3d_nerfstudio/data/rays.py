@@ -99,13 +99,9 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
         count = min(config.depth_rays, drawn // 2)
         if count and step < config.depth_steps and self.sightings is not None:
             seen, image = self.sightings.draw(count), batch["image"]
-            colors = F.pad(
-                seen.colors.to(image.device, non_blocking=True), (0, image.shape[-1] - 3), value=1.0
-            )  # and opaque
-            batch["indices"] = torch.cat(
-                [batch["indices"][:-count], seen.pixels.to(batch["indices"].device, non_blocking=True)]
-            )
-            batch["image"] = torch.cat([image[:-count], colors])
+            # Points are seen where a photo with transparency is opaque.
+            colors = F.pad(seen.colors, (0, image.shape[-1] - 3), value=1.0)
+            batch["image"], batch["indices"] = ending(image, colors), ending(batch["indices"], seen.pixels)
             batch["distances"], batch["distances_share"] = seen.distances, 1 - step / config.depth_steps
         return self.train_ray_generator(batch["indices"]), batch
 
@@ -130,3 +126,8 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
             views = [] if kept is None else kept["image_idx"].tolist()
             self._photos = {view: kept["image"][place] for place, view in enumerate(views)}  # type: ignore[index]
         return self._photos
+
+
+def ending(rows: Tensor, last: Tensor) -> Tensor:
+    """As many rows, of which the last are others."""
+    return torch.cat([rows[: -len(last)], last.to(rows.device, non_blocking=True)])
