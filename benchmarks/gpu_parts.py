@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +17,9 @@ import torch
 import torch.multiprocessing as mp
 from cost import alternate, grid_sides, picture_sides, resident
 from gpu_report import Row
-from gpu_runs import BEST, FULL, PROMPTS, QUICK, Encoders, as_rank, configured
+from gpu_runs import BEST, FULL, PROMPTS, QUICK, SPLAT, Encoders, as_rank, configured
 from growth import make_views
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.field_components.encodings import HashEncoding
 from rich.console import Console
@@ -28,8 +31,10 @@ from ovs3d_nerfstudio.features.extraction import ClipFeatures, extract
 from ovs3d_nerfstudio.features.teachers import Teachers
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding
 from ovs3d_nerfstudio.models.nerf import tcnn_imports
+from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.pictures import list_pictures
 from ovs3d_nerfstudio.run_files import our_methods
+from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
 VIEWS = 40
 """Views of the training that is worked out from what was measured."""
@@ -60,10 +65,10 @@ class Bench:
     """The parts, each of which returns its rows; later ones use what earlier ones noted."""
 
     def __init__(self, device: str, quick: bool, work: Path, methods: Sequence[str] = ()):
-        """`methods` are measured, by default all of ours; the best one always is."""
+        """`methods` are measured, by default all of ours; those that limits are of always are."""
         self.device, self.work = device, work
         # The best last, as pictures are made with its run.
-        self.methods = [*sorted({*(methods or our_methods())} - {BEST}), BEST]
+        self.methods = [*sorted({*(methods or our_methods()), SPLAT} - {BEST}), BEST]
         self.sizes = QUICK if quick else FULL
         self.encoders = Encoders(work / "encoders", quick)
         self.photos = make_views(work / "photos", self.sizes.views, self.sizes.height)
@@ -79,7 +84,9 @@ class Bench:
             "extraction in one pass": partial(self.extraction, "dense"),
             "hash grids": self.hash_grids,
             **{name: partial(self.method, name) for name in self.methods},
-            "training": self.training,
+            "training": partial(self.training, BEST, "training"),
+            "training of Gaussians": partial(self.training, SPLAT, "splat_training"),
+            "views of Gaussians": self.views,
             "picture": self.picture,
             "prompt change": self.change,
             "two GPUs": self.two,
@@ -191,24 +198,44 @@ class Bench:
             ),
         ]
 
-    def training(self) -> list[Row]:
+    def training(self, method: str, row: str) -> list[Row]:
         """What training from photos would take, worked out from what was measured."""
-        noted, config = self.noted, all_methods[BEST]
-        lacking = [name for name in ("patches_view_s", f"{BEST}_step_s") if name not in noted]
+        noted, config = self.noted, all_methods[method]
+        lacking = [name for name in ("patches_view_s", f"{method}_step_s") if name not in noted]
         if lacking:
             raise RuntimeError(f"it is worked out from parts that failed ({', '.join(lacking)})")
         features = (
             noted["patches_first_s"] + (VIEWS - 1) * noted["patches_view_s"] + VIEWS * noted["patches_teaching_s"]
         )
         before = config.pipeline.model.semantics_start
-        steps = before * noted[f"{BEST}_colour_step_s"]
-        steps += (config.max_num_iterations - before) * noted[f"{BEST}_step_s"]
-        what = f"`{BEST}` on {VIEWS} views, {config.max_num_iterations} steps"
+        steps = before * noted[f"{method}_colour_step_s"]
+        steps += (config.max_num_iterations - before) * noted[f"{method}_step_s"]
+        what = f"`{method}` on {VIEWS} views, {config.max_num_iterations} steps"
         how = f"worked out: features {features / 60:.2g}, steps {steps / 60:.3g}; evaluations and saving come on top"
         return [
-            Row("training_minutes", what, (features + steps) / 60, "minutes", how),
-            Row("training_gib", f"{what}: peak memory that torch takes of the card", noted[f"{BEST}_gib"], "GiB"),
+            Row(f"{row}_minutes", what, (features + steps) / 60, "minutes", how),
+            Row(f"{row}_gib", f"{what}: peak memory that torch takes of the card", noted[f"{method}_gib"], "GiB"),
         ]
+
+    def views(self) -> list[Row]:
+        """The class map as the viewer shows it while the camera moves: no view is kept from one to the next."""
+        run = self.run(SPLAT)
+        width, height = self.sizes.view
+        camera = query.resized(run.pipeline.datamanager.train_dataset.cameras[:1], width, height).to(run.model.device)
+        scatter(run.model, self.sizes.gaussians, camera)
+        run.model.eval()
+        live = LivePrompts(run.model)
+
+        def moved() -> None:
+            LiveModel(live, threading.Lock()).get_outputs_for_camera(camera)["segmentation"]
+
+        moved()
+        one = seconds(moved, self.device)
+        count = max(1, int(self.sizes.seconds / one))
+        taken = seconds(lambda: [moved() for _ in range(count)], self.device)
+        self._run = None  # its Gaussians are no training's
+        what = f"a moving camera: class maps of {len(PROMPTS)} prompts at {width}×{height}"
+        return [Row("splat_views", what, count / taken, "views/s", f"{self.sizes.gaussians} Gaussians, {count} views")]
 
     def picture(self) -> list[Row]:
         """A picture with everything that prompts bring, against colour, depth and accumulation alone."""
@@ -265,3 +292,17 @@ class Bench:
             Row("two_step_ms", f"{what}: a step of {row['rays']} rays each", row["step_ms"], "ms"),
             Row("two_extraction", f"{what}: extraction", row["views_per_s"], "views/s", f"{row['views']} views"),
         ]
+
+
+def scatter(model: OVS3DSplatModel, count: int, camera: Cameras) -> None:
+    """So many Gaussians before a camera, as large as leaves its picture without holes."""
+    depth = 1 + torch.rand(count, 1)
+    across = (torch.rand(count, 2) - 0.5) * torch.cat([camera.width / camera.fx, camera.height / camera.fy], -1).cpu()
+    pose = camera.camera_to_worlds[0].cpu()
+    means = torch.cat([across * depth, -depth], -1) @ pose[:, :3].T + pose[:, 3]
+    shapes = {name: parameter.shape[1:] for name, parameter in model.gauss_params.items()}
+    values = {name: torch.zeros(count, *shape) for name, shape in shapes.items()}
+    values["quats"][:, 0] = 1
+    values |= {"means": means, "scales": torch.full_like(means, math.log(2 / count**0.5))}
+    for name, parameter in model.gauss_params.items():
+        parameter.data = values[name].to(model.device)

@@ -23,6 +23,8 @@ from ovs3d_nerfstudio.pictures import list_pictures
 
 BEST = "ovs3d"
 """The method that limits, pictures and prompt changes are of."""
+SPLAT = "ovs3d-splat"
+"""The method that the limits of Gaussians are of."""
 PROMPTS = ("cup", "plate", "chair", "window", "book", "lamp", "plant", "bottle", "towel", "keyboard")
 
 
@@ -36,6 +38,10 @@ class Sizes:
     """Most views that are extracted in each way."""
     picture: tuple[int, int] = (1440, 1080)
     """Width and height of rendered pictures."""
+    view: tuple[int, int] = (1920, 1080)
+    """Width and height of views of Gaussians."""
+    gaussians: int = 300_000
+    """Gaussians of a view: what a room or a table has."""
     points: int = 1 << 18
     """Points of a hash grid: what 4 096 rays of 48 samples have, and a little more."""
     seconds: float = 12.0
@@ -47,7 +53,9 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(height=90, views=4, picture=(40, 30), points=256, seconds=0.1, repeats=1, warm_up=1)
+QUICK = Sizes(
+    height=90, views=4, picture=(40, 30), view=(40, 30), gaussians=200, points=256, seconds=0.1, repeats=1, warm_up=1
+)
 
 TINY_CLIP = {
     "embed_dim": 24,

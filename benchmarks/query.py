@@ -27,7 +27,7 @@ from viser._scene_api import _encode_image_binary
 
 from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.files import write_json
-from ovs3d_nerfstudio.models.nerf import OVS3DModel
+from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.run_files import open_run
 from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
@@ -116,7 +116,7 @@ def main(arguments: Arguments) -> list[Row]:
     return measure(pipeline.model.eval(), pipeline.datamanager.train_dataset.cameras[:1], arguments)
 
 
-def measure(model: OVS3DModel, view: Cameras, settings: Settings) -> list[Row]:
+def measure(model: SemanticModel, view: Cameras, settings: Settings) -> list[Row]:
     """A row for each size and number of prompts; `view` is a camera, of any size."""
     live = LivePrompts(model)
     live.follow_training()

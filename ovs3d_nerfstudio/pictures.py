@@ -16,7 +16,9 @@ from torch import Tensor
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.files import written_beside
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+EXACT, BLURRING = (".png", ".tif", ".tiff", ".bmp"), (".jpg", ".jpeg", ".webp")
+"""Formats that keep each pixel, as masks need it, and those that need not."""
+SUFFIXES = (*EXACT, *BLURRING)
 
 
 class PictureError(UserError):

@@ -277,7 +277,7 @@ class OVS3DPipeline(VanillaPipeline):
         model = self.config.model
         semantics = step >= model.semantics_start
         class_losses = bool(self.chosen_prompts and model.refines and step >= model.fda_start)
-        with single_precision():
+        with user_errors(), single_precision():
             pixels, windows, batch = self.datamanager.next_step(
                 step, semantics, bool(model.patch_loss_mult) or class_losses, bool(model.color_loss_mult)
             )

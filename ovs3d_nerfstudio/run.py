@@ -32,6 +32,7 @@ from ovs3d_nerfstudio.objects.samples import Neighbours, Samples, directions_at,
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 from ovs3d_nerfstudio.prompts.answers import Answering, Question, unpacked
 from ovs3d_nerfstudio.prompts.embedding import Embedder
+from ovs3d_nerfstudio.prompts.likes import Like
 from ovs3d_nerfstudio.prompts.prompts import PromptError, parse_prompts
 from ovs3d_nerfstudio.prompts.segmentation import alike, in_parts
 from ovs3d_nerfstudio.run_files import open_run
@@ -152,7 +153,7 @@ class Run:
                 raise RunError(
                     "The run was trained without prompts; say what to look for, with prompts=[…] or --prompts."
                 )
-            key = tuple(asked), threshold
+            key = tuple((prompt, getattr(prompt, "feature", None)) for prompt in asked), threshold
             if key not in self._questions:
                 if asked != segmenter.prompts:
                     segmenter = deepcopy(self._trained)
@@ -407,7 +408,7 @@ def _listed(prompts: Sequence[str]) -> list[str]:
     listed = parse_prompts("\n".join(map(str, given)))
     if len(listed) != len(given):
         raise PromptError(f"{given} hold an empty prompt, a ';', or one twice; give a list of prompts, each once.")
-    return listed
+    return [old if isinstance(old, Like) else new for old, new in zip(given, listed, strict=True)]  # with its feature
 
 
 def _numbers(values: Any, what: str, shape: str) -> np.ndarray:

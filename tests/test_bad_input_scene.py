@@ -429,3 +429,12 @@ def test_an_error_that_is_no_parsers_is_not_blamed_on_the_data(small, monkeypatc
     monkeypatch.setattr(OVS3DDataset, "get_numpy_image", broken)
     with pytest.raises(TypeError, match="exactly 2 arguments"):
         opened(small_config(small))
+
+
+def test_masks_that_blur_what_is_ignored_are_said(small, capsys):
+    masked(Image.new("L", (WIDTH, HEIGHT), 255))(small)
+    Image.new("L", (WIDTH, HEIGHT), 255).save(small / "masks" / "03.jpg")
+    frame(mask_path="masks/03.jpg")(small)
+    opened(small_config(small))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 of 6 masks are in a format that blurs (such as 03.jpg)" in printed and "Save them as PNG" in printed

@@ -1,11 +1,14 @@
 """The benchmarks in short forms. Quality: a small scene, half of the training; the field must be worth its trouble. Cost: one turn."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import command
+from PIL import Image
 
 from ovs3d_nerfstudio.demo.scene import make_scene
 
@@ -43,7 +46,7 @@ def test_the_gpu_benchmark_makes_every_row_and_says_which_limit_was_missed(tmp_p
     """On a CPU, in tiny sizes: so every line of it runs before somebody has a GPU."""
     page, results = tmp_path / "page.md", tmp_path / "results"
     page.write_text("Before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nbehind\n")
-    words = ["--device", "cpu", "--quick", "--methods", "ovs3d-splat-lite", "--results", results, "--page", page]
+    words = ["--device", "cpu", "--quick", "--methods", "ovs3d-splat", "--results", results, "--page", page]
     done = command("python", BENCHMARKS / "gpu.py", *words, cwd=tmp_path, ok=False)
     assert done.returncode == 1, "30 000 steps take longer than five minutes here"
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -54,7 +57,7 @@ def test_the_gpu_benchmark_makes_every_row_and_says_which_limit_was_missed(tmp_p
     assert not [row for row in rows if row.failed], done.stdout[-4000:]
     names = {row.name for row in rows}
     assert names >= {"extraction_patches", "extraction_dense", "grid_ours_ms", "grid_torch_ms", "grid_tcnn_ms"}
-    assert names >= {"ovs3d_step_ms", "ovs3d_gib", "ovs3d-splat-lite_step_ms", "ovs3d-splat-lite_gib"}
+    assert names >= {"ovs3d_step_ms", "ovs3d_gib", "ovs3d-splat_step_ms", "ovs3d-splat_gib"}
     assert (
         names >= {"picture_s", "picture_rgb_s", "enter_ms", "two_step_ms", "two_extraction"} | gpu_report.LIMITS.keys()
     )
@@ -81,3 +84,18 @@ def test_without_a_gpu_its_benchmark_says_that_it_needs_one(tmp_path):
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     done = command("python", BENCHMARKS / "gpu.py", cwd=tmp_path, env=hidden, ok=False)
     assert done.returncode == 1 and "there is an NVIDIA card" in " ".join(done.stdout.split()), done.stdout
+
+
+def test_the_geometry_benchmark_tells_photos_and_depth_and_goes_on_where_it_was(scene, tmp_path):
+    data = shutil.copytree(scene, tmp_path / "scene", ignore=shutil.ignore_patterns(".ovs3d-cache"))
+    (data / "depth").mkdir()
+    for photo in (data / "images").iterdir():
+        Image.fromarray(np.full((72, 96), 20_000, np.uint16)).save(data / "depth" / f"{photo.stem}.png")
+    words = ["--scene", data, "--rows", "full", "no-depth+views-5", "--steps", 3, "--seeds"]
+    command("python", BENCHMARKS / "geometry.py", *words, 0, cwd=tmp_path)
+    printed = command("python", BENCHMARKS / "geometry.py", *words, 0, 1, cwd=tmp_path).stdout
+    results = json.loads((tmp_path / "geometry.json").read_text())
+    assert [(r["row"], r["seed"]) for r in results] == [(row, seed) for seed in (0, 1) for row in words[3:5]]
+    assert all(r["psnr"] > 5 and 0 <= r["wrong"] <= 1 and r["error"] > 0 for r in results)
+    assert "| scene | full | 2 |" in printed and "| scene | no-depth+views-5 | 2 |" in printed
+    assert printed.count("rays end, for geometry to begin there") == 1

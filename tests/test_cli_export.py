@@ -283,6 +283,32 @@ def test_improbable_gaussians_are_none(trained, splat, tmp_path, ovs3d):
 
 
 @pytest.mark.slow
+def test_exports_leave_out_what_is_not_to_be_shown(trained, splat, tmp_path, ovs3d):
+    mesh = trimesh.creation.icosphere(subdivisions=3, radius=0.7)
+    mesh.export(tmp_path / "ball.ply")
+    words = ["--load-config", trained[0], "--output-dir", tmp_path]
+    assert ovs3d("export", "splat", *words, "--splat", splat[0])[0] == 0
+    whole = PlyData.read(str(tmp_path / "splat.ply"))["vertex"].data
+    classes = {entry["prompt"]: int(key) for key, entry in json.loads((tmp_path / "classes.json").read_text()).items()}
+    name, other = sorted(classes, key=lambda prompt: -(whole["class_id"] == classes[prompt]).sum())[:2]
+    assert ovs3d("export", "splat", *words, "--splat", splat[0], "--without", name)[0] == 0
+    left = PlyData.read(str(tmp_path / "splat.ply"))["vertex"].data
+    assert np.array_equal(left, whole[whole["class_id"] != classes[name]]) and 0 < len(left) < len(whole)
+    status, printed = ovs3d("export", "mesh", *words, "--mesh", tmp_path / "ball.ply")
+    assert status == 0, printed
+    found = PlyData.read(str(tmp_path / "mesh.ply"))["vertex"].data["class_id"]
+    commonest = list(classes)[np.bincount(found).argmax() - 1]
+    assert ovs3d("export", "mesh", *words, "--mesh", tmp_path / "ball.ply", "--only", commonest)[0] == 0
+    part = PlyData.read(str(tmp_path / "mesh.ply"))
+    assert set(part["vertex"].data["class_id"]) == {classes[commonest]}
+    used = np.concatenate(part["face"].data["vertex_indices"])
+    assert set(used) == set(range(len(part["vertex"].data)))
+    assert ovs3d("export", "pointcloud", *words, "--num-points", 500, "--only", f"{name}; {other}")[0] == 0
+    ids = set(PlyData.read(str(tmp_path / "point_cloud.ply"))["vertex"].data["class_id"])
+    assert ids and ids <= {classes[name], classes[other]}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -210,6 +210,22 @@ def test_videos_have_a_label_image_a_frame(trained, tmp_path, ovs3d, mode):
 
 
 @pytest.mark.slow
+def test_pictures_and_labels_of_only_some_prompts_show_nothing_else(trained, tmp_path, ovs3d):
+    words = ["render", "dataset", "--load-config", trained[0], "--output-path", tmp_path, "--image-format", "png"]
+    words += ["--prompts", "books; cat; space rocket", "--downscale-factor", 2]
+    status, printed = ovs3d(*words, "--only", "kitten; cat")
+    assert (
+        status == 1 and "--only names 'kitten', which is not among the prompts; they are: books; cat; space" in printed
+    )
+    assert ovs3d(*words, "--only", "cat; books")[0] == 0
+    for path in (tmp_path / "test" / "labels").iterdir():
+        labels = read_labels(path)
+        shown = np.asarray(Image.open(tmp_path / "test" / "segmentation" / path.name))
+        assert set(np.unique(labels)) <= {-1, 0, 1} and (labels == -1).any() and (labels >= 0).any()
+        assert np.array_equal(shown.any(-1), labels >= 0)
+
+
+@pytest.mark.slow
 def test_a_camera_path_is_rendered_with_other_prompts(trained, tmp_path, ovs3d):
     pose = np.eye(4)
     pose[2, 3] = 1

@@ -24,7 +24,7 @@ FLOORS = (
     ("prompts",),
     ("engine",),
     ("encoders",),
-    ("fields", "gaussians"),
+    ("fields", "gaussians", "objects.points"),
     ("memory", "compiled", "pictures", "ply", "precision", "files"),
     ("errors",),
     ("",),

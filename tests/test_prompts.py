@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
 import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ovs3d_nerfstudio.prompts.embedding import Embedder
+from ovs3d_nerfstudio.prompts.likes import Like, LikesError, read_likes, write_likes
 from ovs3d_nerfstudio.prompts.prompts import (
     MAX_PROMPT_CHARACTERS,
     MAX_PROMPTS,
@@ -16,10 +22,13 @@ from ovs3d_nerfstudio.prompts.prompts import (
     choose_prompts,
     clean_prompt,
     find_classes_file,
+    given_prompts,
     parse_prompts,
     prompt_key,
     read_prompts_file,
 )
+from ovs3d_nerfstudio.prompts.segmentation import Segmenter
+from ovs3d_nerfstudio.prompts.shown import Shown, choose_shown
 
 # Text that is dense in the characters that matter: separators, white space, case, controls, combining marks.
 awkward = st.text(
@@ -160,3 +169,87 @@ def test_without_any_prompts_the_list_is_empty_and_the_log_says_so(tmp_path):
 def test_prompts_and_a_prompts_file_together_are_refused(scene):
     with pytest.raises(PromptError, match="give only one of them"):
         choose_prompts("a", scene / "segmentations" / "classes.txt", scene)
+
+
+@pytest.fixture
+def likes_file(tmp_path: Path) -> Path:
+    path = tmp_path / "a run" / "likes.json"
+    write_likes(path, [Like("like 1", [0.6, 0.8, 0.0], "tiny"), Like("like 2", [0.0, 0.0, 1.0], "tiny")])
+    return path
+
+
+def test_prompts_without_words_are_read_from_the_file_that_the_prompts_name(likes_file):
+    prompts = given_prompts(f"red mug; {likes_file}; LIKE 1; table", None)
+    assert prompts == ["red mug", "like 1", "like 2", "table"]
+    like = prompts[1]
+    assert isinstance(like, Like) and like.feature == pytest.approx((0.6, 0.8, 0)) and like.fingerprint == "tiny"
+    assert not isinstance(prompts[0], Like)
+    for same in (copy.deepcopy(like), pickle.loads(pickle.dumps(like))):
+        assert (same, same.feature, same.fingerprint) == (like, like.feature, "tiny") and isinstance(same, Like)
+    assert len(likes_file.read_text().splitlines()) == 7, "a like is a line, which people can read and take out"
+    assert parse_prompts(str(likes_file)) == [str(likes_file)], "what is typed into a page names no file"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("", "no file of likes"),
+        ("[]", "no object"),
+        ("{}", "'fingerprint' is missing"),
+        ('{"fingerprint": 3, "likes": []}', "no fingerprint, or no list"),
+        ({"likes": []}, "no list of likes"),
+        ({"likes": [{"name": "a"}]}, "'feature' is missing"),
+        ({"likes": [3]}, "no file of likes"),
+        ({"likes": [{"name": "a; b", "feature": [1]}]}, "no plain text"),
+        ({"likes": [{"name": "a", "feature": ["1"]}]}, "no list of numbers"),
+        ({"likes": [{"name": "a", "feature": [True]}]}, "no list of numbers"),
+        ({"likes": [{"name": "a", "feature": [float("nan"), 1]}]}, "not finite"),
+        ({"likes": [{"name": "a", "feature": [float("inf"), 1]}]}, "not finite"),
+        ({"likes": [{"name": "a", "feature": [10**400]}]}, "no file of likes"),
+        ({"likes": [{"name": "a", "feature": [0, 0]}]}, "all zeros"),
+        ({"likes": [{"name": "a", "feature": []}]}, "all zeros"),
+        ("[" * 100_000, "no file of likes"),
+    ],
+)
+def test_what_is_no_file_of_likes_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "likes.json"
+    if content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps({"fingerprint": "tiny", **content}))
+    with pytest.raises(LikesError, match=message) as caught:
+        read_likes(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_of_likes_is_no_text_of_prompts_and_teaches_nothing(likes_file):
+    with pytest.raises(PromptError, match=f"with --prompts {likes_file}"):
+        read_prompts_file(likes_file)
+    with pytest.raises(PromptError, match="'like 1' is a prompt without words, which only a trained run"):
+        choose_prompts(f"a cat; {likes_file}", None, likes_file.parent)
+
+
+def test_likes_of_another_encoder_are_refused_and_its_own_need_no_encoder(likes_file):
+    segmenter = Segmenter()
+    segmenter.configure(["a cat"], torch.eye(3)[:1], torch.eye(3), torch.eye(3), "nobody's", "tiny")
+    prompts = given_prompts(f"A cat; {likes_file}", None)
+    assert torch.allclose(
+        Embedder("cpu")(segmenter, prompts), torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0, 1]]), atol=1e-6
+    )
+    segmenter.fingerprint = "huge"
+    with pytest.raises(LikesError, match=r"'like 1' was clicked in features of tiny .* the run's come from huge"):
+        Embedder("cpu")(segmenter, prompts)
+    with pytest.raises(LikesError, match=r"\(4 numbers\)"):
+        Embedder("cpu")(segmenter, [Like("wide", [1, 0, 0, 0], "huge")])
+
+
+def test_only_some_prompts_or_all_but_some_are_shown():
+    prompts = ["red mug", "Plate", "table"]
+    assert choose_shown("", "", prompts).flags(prompts) == [True] * 4
+    assert choose_shown("plate; Red mug", "", prompts).flags(prompts) == [True, True, False, False]
+    assert choose_shown("", "TABLE", prompts).flags(prompts) == [True, True, False, True], "what is none stays"
+    assert choose_shown("plate; table", "table", prompts).flags(prompts) == [False, True, False, False]
+    with pytest.raises(PromptError, match=r"--only names 'fork', which is not among .*: red mug; Plate; table"):
+        choose_shown("plate; fork", "", prompts)
+    with pytest.raises(PromptError, match="leave no prompt to show"):
+        choose_shown("table", "table", prompts)
+    assert Shown(("plate",), ("fork", "table")).among(["Plate", "fork"]) == Shown(("plate",), ("fork",))

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovs3d_nerfstudio.prompts.answers import Question
+from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question
+from ovs3d_nerfstudio.prompts.likes import Like
 from ovs3d_nerfstudio.prompts.segmentation import ClassScores, Segmenter, chosen_scores, told_scores
+from ovs3d_nerfstudio.prompts.shown import Shown
 
 TRAINED = ["apple", "table"]
 
@@ -86,3 +88,44 @@ def test_one_class_or_none_spreads_by_one():
         segmenter = Segmenter()
         segmenter.configure([f"{i}" for i in range(count)], torch.eye(3)[:count], torch.eye(3), torch.eye(3), "", "")
         assert float(segmenter.spread) == 1
+
+
+@pytest.mark.parametrize("by", ["cosine", "relevancy"])
+def test_a_prompt_without_words_has_what_is_like_it_and_words_keep_the_rest(by):
+    """Features are far more like each other than like any words, and still neither takes the other's place."""
+    segmenter, axes = segmenter_of(by), torch.eye(6)
+    cup = segmenter.gathered(F.normalize(axes[2] + 0.2 * axes[5], dim=0))  # clicked at its rim
+    assert float(cup @ axes[2]) > 0.99, "the middle of what is like it"
+    things = F.normalize(axes[:3] + 0.1 * torch.randn(200, 1, 6), dim=-1)
+    before = Question(segmenter).labels(things.view(-1, 6)).view(200, 3)
+    segmenter.ask([*TRAINED, Like("like 1", cup.tolist(), "none")], torch.stack([*segmenter.text, cup]))
+    labels = Question(segmenter).labels(things.view(-1, 6)).view(200, 3)
+    assert torch.equal(labels[:, :2], before[:, :2]) and (labels[:, 2] == 2).all()
+    threshold = Question(segmenter, Answering("threshold"), 0.1 * axes[3:4] + 0.3 * axes[:1])
+    assert (threshold.labels(things[:, 2]) == 2).all() and (threshold.labels(things[:, 1]) != 2).all()
+    segmenter.ask(["like 1"], cup[None])
+    assert not segmenter.wordless, "the same name typed is words"
+    segmenter.ask([Like("like 1", cup.tolist(), "none")], cup[None])
+    assert Question(segmenter).labels(things[:, 0]).tolist() == [0] * 200, "alone it fits best everywhere"
+
+
+def test_what_is_hidden_has_no_label_and_where_it_stood_there_is_nothing_to_see():
+    segmenter, axes = segmenter_of(), torch.eye(6)
+    apple, between = axes[0], F.normalize(axes[0] + 0.05 * axes[1], dim=0)
+    rays = torch.stack([apple, between, axes[4]])
+    everything = Question(segmenter)
+    assert everything.kept is None and everything.hiding is None and everything.keeps(rays).all()
+    question = Question(segmenter, shown=Shown(without=("APPLE",)))
+    assert question.keeps(rays).tolist() == [False, False, True]
+    left = torch.stack([apple, torch.zeros(6), axes[4]])  # rendered without the apple: behind it is nothing
+    answers = Answers(question, left[:, None], torch.ones(3, 1, 1), torch.rand(3, 1, 3))
+    assert answers.labels[:, 0].tolist() == [1, -1, 1], (
+        "at the border of two things that are shown, a third may fit best"
+    )
+    assert torch.equal(answers["segmentation"][1], answers.rgb[1]) and (answers["relevancy_apple"][1] == 0).all()
+    assert torch.equal(answers["segmentation_overlay"][1], answers.rgb[1])
+    again = Question(segmenter, Answering(opacity=0.1), shown=Shown(without=("apple",)))
+    assert again.hiding == question.hiding is not None, "opacity hides nothing"
+    only = Question(segmenter, Answering("threshold", threshold=0.9), axes[5:], Shown(only=("apple",)))
+    assert only.keeps(torch.stack([apple, axes[5], axes[4]])).tolist() == [True, False, False], "none is not the apple"
+    assert len({question.hiding, only.hiding, Question(segmenter, shown=Shown(only=("apple",))).hiding}) == 3

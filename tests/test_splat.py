@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,19 @@ from PIL import Image
 from plyfile import PlyData, PlyElement
 from training import Trained, train_steps
 
+from ovs3d_nerfstudio.cli.labels import read_labels
+from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import demo_solids, train_cameras
 from ovs3d_nerfstudio.engine.checkpoints import read_checkpoint
 from ovs3d_nerfstudio.evaluation.splits import evaluate_split
+from ovs3d_nerfstudio.fields.compositing import SOMETHING
 from ovs3d_nerfstudio.gaussians.rasterization import rasterization
 from ovs3d_nerfstudio.gaussians.shown import view_matrix
 from ovs3d_nerfstudio.gaussians.splat_files import splat_table
 from ovs3d_nerfstudio.run import load_run
 from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
+from ovs3d_nerfstudio.viewer.things import Things
 
 pytestmark = pytest.mark.slow
 GEOMETRY, SEMANTICS = 100, 250
@@ -105,8 +110,9 @@ def test_our_commands_take_it_too(run, tmp_path, ovs3d):
     assert ovs3d("eval", "--load-config", run, "--output-path", figures, "--no-pictures")[0] == 0
     assert json.loads(figures.read_text())["miou"] > 0.15
     words = ["--load-config", run, "--output-path", tmp_path / "r", "--prompts", "a cat; a rocket", "--split", "test"]
-    assert ovs3d("render", "dataset", *words)[0] == 0
-    assert len(list((tmp_path / "r").rglob("labels/*.png"))) == 3
+    assert ovs3d("render", "dataset", *words, "--without", "a cat")[0] == 0
+    labels = [read_labels(path) for path in (tmp_path / "r").rglob("labels/*.png")]
+    assert len(labels) == 3 and set(np.unique(labels)) == {-1, 1}
     words = ["--load-config", run, "--output-dir", tmp_path / "c", "--num-points", 4000]
     assert ovs3d("export", "pointcloud", *words)[0] == 0
     assert len(PlyData.read(tmp_path / "c" / "point_cloud.ply")["vertex"]) > 3000
@@ -158,8 +164,6 @@ def test_a_cloud_lies_on_what_is_there(run, pointed, tmp_path, ovs3d):
 
 
 def test_prompts_of_the_moment_and_a_click_in_the_viewer(opened):
-    from contextlib import nullcontext
-
     from nerfstudio.models.splatfacto import SplatfactoModel
 
     live = LivePrompts(opened.model)
@@ -172,13 +176,44 @@ def test_prompts_of_the_moment_and_a_click_in_the_viewer(opened):
     trained = outputs["segmentation"]
     live.ask(["a cat", "a space rocket"])
     assert outputs["segmentation"].shape == trained.shape and not torch.equal(outputs["segmentation"], trained)
-    assert sum(outputs.shares()) == pytest.approx(1)
+    there = outputs["accumulation"] >= SOMETHING
+    assert there.float().mean() > 0.99 and sum(outputs.shares()) == pytest.approx(float(there.float().mean()))
     row, col = 30, 48
     ray = camera.generate_rays(0, coords=torch.tensor([[row + 0.5, col + 0.5]]))
     point = view.point(ray.origins[0].tolist(), ray.directions[0].tolist())
     away = torch.tensor(point.position) - ray.origins[0]
     along = -camera.camera_to_worlds[0, :, 2]
     assert float(away @ along) == pytest.approx(float(outputs["depth"][row, col]), rel=0.05)
+
+
+def test_gaussians_of_a_hidden_class_are_gone_and_a_click_finds_their_object(opened):
+    model, datamanager = opened.model.eval(), opened.datamanager
+    live, camera = LivePrompts(model), datamanager.eval_dataset.cameras[0:1]
+    live.follow_training()
+    view = LiveModel(live, nullcontext())
+    whole = view.get_outputs_for_camera(camera)
+    shares = whole.shares()
+    most = live.asked[int(np.argmax(shares))]
+    live.show("only", most)
+    alone = view.get_outputs_for_camera(camera)
+    assert alone.shares()[int(np.argmax(shares))] > 0
+    live.show("hide", most)
+    assert view.get_outputs_for_camera(camera).shares()[int(np.argmax(shares))] == 0
+    directions = model.directions_of_gaussians().float() / 32767
+    belongs = live.question.segmenter.class_scores(directions @ live.question.text).argmax(-1) == int(np.argmax(shares))
+    assert belongs.any() and not belongs.all()
+    lone = copy.copy(model)
+    lone.gauss_params = torch.nn.ParameterDict(
+        {n: torch.nn.Parameter(p[belongs]) for n, p in model.gauss_params.items()}
+    )
+    assert torch.allclose(lone.get_outputs_for_camera(camera)["rgb"], alone["rgb"], atol=1e-5)
+    live.show("all")
+    row, col = (whole.answers().labels == int(np.argmax(shares))).nonzero()[0].tolist()
+    ray = camera.generate_rays(0, coords=torch.tensor([[row + 0.5, col + 0.5]]))
+    point = view.point(ray.origins[0].tolist(), ray.directions[0].tolist())
+    things = Things(model, datamanager.train_dataset.cameras, frame_of(datamanager), nullcontext())
+    thing = things.at(point)
+    assert thing is not None and thing.object.prompt == point.prompts[point.winner] and (thing.size > 0).all()
 
 
 def test_a_view_of_nothing_is_background(opened):

@@ -15,14 +15,19 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
 from nerfstudio.viewer.viewer import Viewer
+from nerfstudio.viewer.viewer_elements import ViewerClick
 from test_training import data, pipeline, train  # noqa: F401 (fixtures)
 
+from ovs3d_nerfstudio.cli.common import ask
+from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.encoders.base import EncoderError
-from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question, packed
+from ovs3d_nerfstudio.prompts.likes import read_likes
 from ovs3d_nerfstudio.prompts.prompts import PromptError
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter
+from ovs3d_nerfstudio.run import Run
 from ovs3d_nerfstudio.viewer.live import FeatureCache, LiveModel, LivePrompts
-from ovs3d_nerfstudio.viewer.panel import at_a_photo, keep_steps, legend
+from ovs3d_nerfstudio.viewer.panel import at_a_photo, described, keep_steps, legend
+from ovs3d_nerfstudio.viewer.things import Things
 
 
 @pytest.fixture(scope="module")
@@ -45,52 +50,6 @@ def live(seen) -> tuple[LivePrompts, LiveModel]:
     return prompts, LiveModel(prompts, threading.Lock())
 
 
-def plain_question(prompts: int = 3, negatives: int = 2, **answering) -> Question:
-    torch.manual_seed(0)
-    segmenter = Segmenter()
-    unit = torch.nn.functional.normalize
-    basis = torch.linalg.qr(torch.randn(8, 5)).Q
-    words = [f"word {i}" for i in range(prompts)]
-    segmenter.configure(words, unit(torch.randn(prompts, 8), dim=-1), basis, torch.randn(50, 5), "none", "none")
-    return Question(segmenter, Answering(**answering), unit(torch.randn(negatives, 8), dim=-1))
-
-
-def test_a_prompt_is_weighed_against_each_negative_by_itself():
-    question = plain_question(mode="threshold", temperature=0.7)
-    directions = torch.nn.functional.normalize(torch.randn(40, 5), dim=-1)
-    z, other = directions @ question.text, directions @ question.others
-    pairs = torch.stack([z[:, :, None].expand(-1, -1, 2), other[:, None].expand(-1, 3, -1)], -1)
-    slow = (pairs / question.temperature).softmax(-1)[..., 0].amin(-1)
-    assert torch.allclose(question.probabilities(directions), slow, atol=1e-6)
-    labels = question.labels(directions)
-    assert {-1, 0, 1, 2} >= set(labels.tolist()) and (labels == -1).any() and (labels >= 0).any()
-    assert torch.equal(labels >= 0, slow.amax(-1) >= 0.5)
-
-
-def test_what_belongs_to_no_prompt_keeps_its_colour_in_the_overlay():
-    question = plain_question(mode="threshold", opacity=1.0)
-    directions = torch.nn.functional.normalize(torch.randn(6, 4, 5), dim=-1)
-    answers = Answers(question, directions, torch.rand(6, 4, 3), torch.rand(6, 4, 3))
-    none = answers.labels < 0
-    assert torch.equal(answers["segmentation_overlay"][none], answers.rgb[none])
-    assert (answers["segmentation"][none] == 0).all() and answers["segmentation"].shape == (6, 4, 3)
-
-
-@pytest.mark.parametrize("mode", ["argmax", "threshold"])
-@pytest.mark.parametrize("pack", [False, True])
-def test_where_there_is_nothing_there_is_no_class(mode, pack):
-    question = plain_question(mode=mode, threshold=0.0, opacity=1.0)
-    directions = torch.nn.functional.normalize(torch.randn(6, 4, 5), dim=-1)
-    directions[2:5, 1] = 0
-    nothing = (directions == 0).all(-1)
-    answers = Answers(question, packed(directions) if pack else directions, torch.rand(6, 4, 3), torch.rand(6, 4, 3))
-    assert torch.equal(answers.labels < 0, nothing)
-    for name in ("segmentation", "segmentation_overlay", "features_pca"):
-        assert torch.equal((answers[name] == answers.rgb).all(-1), nothing), name
-    assert all((answers[name][nothing] == 0).all() for name in question.names)
-    assert all(answers[name].isfinite().all() for name in answers)
-
-
 def test_outside_a_crop_box_everything_is_background(seen, live):
     trained, camera = seen
     model, live_model = trained.model, live[1]
@@ -109,15 +68,6 @@ def test_outside_a_crop_box_everything_is_background(seen, live):
     for name in ("scale", "relevancy_a_cat"):
         assert not outputs[name][nothing].any() and not looked[name][nothing].any()
     assert sum(looked.shares()) == pytest.approx(1 - float(nothing.float().mean()), abs=1e-4)
-
-
-def test_probabilities_of_the_argmax_are_those_of_a_softmax_and_may_be_shown():
-    question = plain_question(normalise=False, temperature=2.0)
-    directions = torch.nn.functional.normalize(torch.randn(9, 5), dim=-1)
-    answers = Answers(question, directions, torch.rand(9, 2), torch.rand(9, 3))
-    shown = torch.cat([answers[name] for name in question.names], -1)
-    assert torch.allclose(shown, (directions @ question.text / question.temperature).softmax(-1))
-    assert torch.equal(shown.argmax(-1), answers.labels)
 
 
 def test_the_trained_prompts_look_in_the_viewer_as_everywhere_else(seen, live):
@@ -189,6 +139,7 @@ def test_prompts_are_added_removed_merged_and_set_back(live):
         (lambda live: live.add(";".join(f"thing {i}" for i in range(198))), "more than the 200 allowed"),
         (lambda live: live.remove("a dog"), "'a dog' is not among the prompts"),
         (lambda live: live.remove("a cat; books; a rocket"), "last prompt stays"),
+        (lambda live: live.show("hide", "a dog"), "'a dog' is not among the prompts"),
         (lambda live: live.ask(["a " * 76]), "has 78 tokens, and tiny-ovs3d reads 77 at most"),
         (lambda live: live.ask(negatives=["🦔" * 100], mode="threshold"), "reads 77 at most"),
     ],
@@ -291,6 +242,72 @@ def test_a_click_finds_the_point_that_the_ray_hits(seen, live):
     assert point.winner == max(range(3), key=lambda i: point.chances[i])
 
 
+def test_what_is_hidden_of_a_nerf_has_no_density_and_what_is_kept_of_views_knows(seen, live):
+    trained, camera = seen
+    prompts, model = live
+    whole = model.get_outputs_for_camera(camera)
+    shares = dict(zip(prompts.asked, whole.shares(), strict=True))
+    most = max(shares, key=shares.get)
+    rendered = []
+    hook = trained.model.collider.register_forward_hook(lambda *_: rendered.append(1))
+    prompts.show("hide", most.upper())
+    hidden = model.get_outputs_for_camera(camera)
+    assert rendered and hidden.shares()[prompts.asked.index(most)] == 0
+    assert not torch.equal(hidden["rgb"], whole["rgb"]) and hidden["accumulation"].mean() < whole["accumulation"].mean()
+    before = len(rendered)
+    prompts.ask(opacity=0.2)
+    model.get_outputs_for_camera(camera)
+    prompts.show("all")
+    assert torch.equal(model.get_outputs_for_camera(camera)["rgb"], whole["rgb"]) and len(rendered) == before
+    prompts.show("only", most)
+    alone = model.get_outputs_for_camera(camera)
+    assert sum(share > 0 for share in alone.shares()) == 1 and len(rendered) > before
+    prompts.remove(most)
+    assert prompts.question.kept is None, "a prompt that is gone hides nothing"
+    hook.remove()
+    prompts.remove(prompts.asked[0])
+    with pytest.raises(PromptError, match="Nothing would be left"):
+        prompts.show("hide", prompts.asked[0])
+    outputs = trained.model.get_outputs_for_camera(camera)
+    assert torch.equal(outputs["rgb"], whole["rgb"]), "the run itself knows nothing of it"
+
+
+def test_what_was_clicked_is_a_prompt_wherever_prompts_go(seen, live, tmp_path):
+    trained, camera = seen
+    prompts, model = live
+    directions = trained.model.get_features_for_camera(camera)["directions"].flatten(0, 1)
+    feature = directions[100].float() / 32767
+    prompts.ask(["a dog", "sky"])
+    assert prompts.like(feature) == "like 1" and prompts.asked == ["a dog", "sky", "like 1"]
+    outputs = model.get_outputs_for_camera(camera)
+    assert {"relevancy_like_1", "relevancy_sky"} < set(outputs) and outputs.answers().labels.flatten()[100] == 2
+    prompts.ask(mode="threshold")
+    assert prompts.question.labels(feature[None]).tolist() == [2]
+    prompts.ask(mode="argmax")
+    prompts.show("only", "like 1")
+    assert model.get_outputs_for_camera(camera).shares()[2] > 0
+    prompts.remove("like 1")
+    assert prompts.asked == ["a dog", "sky"] and prompts.like(feature) == "like 2", "names are not used twice"
+    prompts.add("Like 1")
+    assert torch.equal(prompts.question.segmenter.text[-1], prompts.question.segmenter.text[-2])
+    assert trained.model.segmenter.prompts == ["a cat", "a rocket", "books"]
+
+
+def test_a_click_is_on_an_object_of_the_data(seen, live):
+    trained, camera = seen
+    cameras, frame = trained.datamanager.train_dataset.cameras, frame_of(trained.datamanager)
+    things = Things(trained.model, cameras, frame, threading.Lock())
+    rays = camera.generate_rays(0, keep_shape=True)[10:11, 20:21].flatten()
+    point = live[1].point(rays.origins[0].tolist(), rays.directions[0].tolist())
+    thing = things.at(point)
+    assert thing is not None and 1 <= thing.number <= thing.count and thing.object.prompt == point.prompts[point.winner]
+    assert (thing.size > 0).all() and things.at(point) == thing
+    said = bytes(described(point, (1.0, 2.0, 3.0), thing), "ascii").decode("unicode_escape")
+    assert (
+        f"object {thing.number} of {thing.count}: {thing.size[0]:.2f} × " in said and "at (1.000, 2.000, 3.000)" in said
+    )
+
+
 def test_features_that_outgrow_their_room_are_let_go_the_oldest_first():
     cache, made = FeatureCache(kept_bytes=100), []
     render = lambda: made.append(1) or {"directions": torch.zeros(10)}  # noqa: E731
@@ -363,6 +380,38 @@ def test_the_panel_says_what_it_did_or_why_not(seen, viewer):
     panel._on_view(viewer.get_model().get_outputs_for_camera(seen[1]))
     panel._show()
     assert "books" in panel._legend.content and "\\u0025" in panel._legend.content
+    panel._prompt.value = "books"
+    panel._hide()
+    assert "is hidden" in said() and "hidden" in panel._legend.content and panel.live.shown.without == ("books",)
+    panel._show_only()
+    panel._show_all()
+    assert "Everything" in said() and "hidden" not in panel._legend.content
+
+
+def test_more_like_what_was_clicked_is_kept_for_other_commands_and_the_next_viewer(seen, viewer):
+    panel, (trained, camera) = viewer.pipeline.prompt_panel, seen
+    said = lambda: bytes(panel._status.content, "ascii").decode("unicode_escape")  # noqa: E731
+    panel._like()
+    assert "Click into the picture first" in said()
+    ray = camera.generate_rays(0, keep_shape=True)[10:11, 20:21].flatten()
+    panel._clicked(ViewerClick(ray.origins[0].tolist(), ray.directions[0].tolist(), (0.5, 0.5)))
+    assert "object" in panel._point.content and panel._prompt.value in panel.live.asked
+    panel._like()
+    path = viewer.log_filename.parent / "likes.json"
+    assert f"--prompts {path}" in said() and panel._text.value.endswith("; like 1")
+    assert panel._prompt.options[-1] == "like 1"
+    (like,) = read_likes(path)
+    panel.live.likes = {}
+    panel._read_likes()
+    panel.live.ask(["sky", "like 1"])
+    assert panel.live.question.segmenter.wordless
+    before = copy.deepcopy(trained.model.segmenter)
+    assert ask(Run(None, trained, path, 0), f"{path}; sky", None) == ["like 1", "sky"]
+    assert trained.model.segmenter.text[0].tolist() == pytest.approx(like.feature, abs=1e-5)
+    trained.model.segmenter = before
+    path.write_text("{}")
+    panel._read_likes()
+    assert "no file of likes" in panel._told
 
 
 def test_a_page_opens_where_a_photo_was_taken(seen, viewer):

@@ -32,7 +32,7 @@ def train_steps(config: Any, steps: int) -> Trained:
         attributes = TrainingCallbackAttributes(
             optimizers=optimizers, grad_scaler=None, pipeline=pipeline, trainer=None
         )
-        callbacks = pipeline.model.get_training_callbacks(attributes)
+        callbacks = pipeline.get_training_callbacks(attributes)
         trained = Trained(pipeline)
         for step in range(steps):
             if step in (0, config.pipeline.model.semantics_start):

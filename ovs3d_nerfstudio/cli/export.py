@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ovs3d_nerfstudio.catalogue import listed, write_objects
 from ovs3d_nerfstudio.cli.boxes import BoxOptions
-from ovs3d_nerfstudio.cli.common import ask
+from ovs3d_nerfstudio.cli.common import ShownOptions, ask
 from ovs3d_nerfstudio.cli.depth import DepthView, depth_views
 from ovs3d_nerfstudio.cli.labels import ids
 from ovs3d_nerfstudio.cli.meshing import Mesh, fused, seen_box, typical_depth, usual_voxel
@@ -38,7 +38,7 @@ from ovs3d_nerfstudio.run import Run, load_run
 
 
 @dataclass
-class _Export:
+class _Export(ShownOptions):
     """What all exports ask."""
 
     load_config: Path
@@ -56,6 +56,7 @@ class _Export:
         """The run, answering for the prompts; classes.json and legend.png are written."""
         run = load_run(self.load_config, data=self.data)
         prompts = ask(run, self.prompts, self.prompts_file)
+        self.stays = self.flags(prompts)
         write_json(self.output_dir / "classes.json", ids(prompts, run.colors))
         save_legend(self.output_dir / "legend.png", prompts, run.colors)
         return run
@@ -104,6 +105,9 @@ class ExportPointCloud(BoxOptions, _Export):
         within = box.in_model(run.frame).within if box else None
         samples = sample_cloud(run.pipeline, self.num_points, self.num_rays_per_batch, self.std_ratio, within)
         cloud, diagonal = samples.labelled(run.question()), run.camera_diagonal
+        cloud = cloud[self.stays[cloud.class_id - 1]]
+        if not len(cloud.positions):
+            raise CommandError("No point belongs to what --only and --without leave; show more, or sample more points.")
         if self.farthest > 0:
             near = cloud.distance <= self.farthest * diagonal
             CONSOLE.print(
@@ -176,6 +180,8 @@ class ExportMesh(BoxOptions, _Export):
                 raise CommandError(f"There is no surface in {self.named_box()}; choose another one.")
             raise CommandError("Two views of this run agree on no surface; train it longer before you export it.")
         labels, probability = run.winners_at(found.vertices, frame="model")
+        stays = self.stays[labels]
+        found, labels, probability = found.only(stays), labels[stays], probability[stays]
         if given is not None or self.color == "class":
             found.colors = colorize(labels, run.colors)
         self._write(self.output_dir / "mesh.ply", found, labels, probability, run.frame)
@@ -286,6 +292,8 @@ class ExportSplat(_Export):
                 f"{self.load_config} is a NeRF, which has no Gaussians; name the PLY of a splat with --splat."
             )
         class_id = np.where(probability >= self.least_probability, class_id, 0)
+        stays = self.stays[class_id - 1]
+        table, class_id, probability = table[stays], class_id[stays], probability[stays]
         write_ply(self.output_dir / "splat.ply", with_labels(table, class_id, probability))
         self.said(self.output_dir / "splat.ply", f"{len(table)} Gaussians")
         for label, prompt in enumerate(run.prompts, start=1):

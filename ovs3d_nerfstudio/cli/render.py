@@ -27,7 +27,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
 from ovs3d_nerfstudio.cli.around import around
-from ovs3d_nerfstudio.cli.common import ask
+from ovs3d_nerfstudio.cli.common import ShownOptions, ask
 from ovs3d_nerfstudio.cli.labels import LabelFolder
 from ovs3d_nerfstudio.cli.poses import in_model, is_transforms, poses_of
 from ovs3d_nerfstudio.data.frames import Frame, frame_of
@@ -35,6 +35,8 @@ from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, Range, check_f
 from ovs3d_nerfstudio.errors import CommandError, reason
 from ovs3d_nerfstudio.pictures import view_names
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
+from ovs3d_nerfstudio.prompts.answers import Answering, Question
+from ovs3d_nerfstudio.prompts.shown import choose_shown
 from ovs3d_nerfstudio.run import Run
 from ovs3d_nerfstudio.run_files import open_run
 
@@ -70,7 +72,7 @@ class WholeVideo(media.VideoWriter):
 
 
 @dataclass
-class _Asking:
+class _Asking(ShownOptions):
     """What is added to each of nerfstudio's render classes, which stands behind it in the order of bases."""
 
     rendered_output_names: list[str] = field(default_factory=lambda: ["rgb", "segmentation", "segmentation_overlay"])
@@ -113,9 +115,22 @@ class _Asking:
                 "training views with --split train or --pose-source train, or a camera path."
             )
         prompts = ask(Run(config, pipeline, checkpoint, step), self.prompts, self.prompts_file)
+        self._hide(pipeline, prompts)
         if self.labels:
             self._record(pipeline, prompts)
         return config, pipeline, checkpoint, step
+
+    def _hide(self, pipeline: OVS3DPipeline, prompts: list[str]) -> None:
+        """Has the run rendered as if there were only what is to be shown."""
+        model, shown = pipeline.model, choose_shown(self.only, self.without, prompts)
+        question = Question(model.segmenter, Answering(opacity=model.config.overlay_opacity), shown=shown)
+        render_camera = model.get_outputs_for_camera
+
+        def hiding(*arguments: Any, **options: Any) -> dict:
+            with model.hiding(question):
+                return render_camera(*arguments, **options)
+
+        model.get_outputs_for_camera = hiding  # type: ignore[method-assign]
 
     def _record(self, pipeline: OVS3DPipeline, prompts: list[str]) -> None:
         model, views, written = pipeline.model, self.folders(pipeline), {}

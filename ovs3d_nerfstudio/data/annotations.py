@@ -18,11 +18,8 @@ from PIL import Image
 
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.files import leads_out_of, mask_stem
-from ovs3d_nerfstudio.pictures import PictureError, list_pictures, open_picture, view_names
+from ovs3d_nerfstudio.pictures import BLURRING, EXACT, PictureError, list_pictures, open_picture, view_names
 from ovs3d_nerfstudio.prompts.prompts import CLASSES_FILE, PromptError, find_classes_file, prompt_key, read_classes_file
-
-EXACT, BLURRING = (".png", ".bmp", ".tif", ".tiff"), (".jpg", ".jpeg", ".webp")
-"""Formats that keep each pixel of a mask, and those that need not."""
 
 
 class AnnotationError(UserError):

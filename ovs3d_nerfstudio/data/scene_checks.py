@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.data.capture import Capture, capture_of
 from ovs3d_nerfstudio.errors import UserError
-from ovs3d_nerfstudio.pictures import Header, PictureError, picture_header
+from ovs3d_nerfstudio.pictures import BLURRING, Header, PictureError, picture_header
 
 ONE_PLACE = 1e-6
 """Cameras that lie within this share of their coordinates are at one place."""
@@ -290,6 +290,12 @@ def check_pictures(
             )
         if masks:
             _check_mask(masks[i], path, header)
+    blurred = [mask for mask in masks or () if mask.suffix.lower() in BLURRING]
+    if blurred:
+        said = f"{len(blurred)} of {len(paths)} masks are in a format that blurs (such as {blurred[0].name})"
+        CONSOLE.print(
+            f"[bold yellow]Warning:[/bold yellow] {escape(said)}: what is nearly black there counts as seen. Save them as PNG."
+        )
     for remark in dict.fromkeys(header.remark for header in headers.values() if header.remark):
         odd = [path.name for path, header in headers.items() if header.remark == remark]
         what, _, loss = remark.partition(": ")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.model_components import renderers
 from nerfstudio.model_components.scene_colliders import NearFarCollider
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 from torch import Tensor
@@ -19,11 +22,16 @@ from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SIZE, Range
 from ovs3d_nerfstudio.fields.compositing import top_samples
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
 from ovs3d_nerfstudio.fields.semantic_field import LInfContraction
+from ovs3d_nerfstudio.losses.depth import depth_loss
 from ovs3d_nerfstudio.memory import filled_in_chunks, free_memory
 from ovs3d_nerfstudio.models.lpips import lpips_optional
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
 from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts.answers import packed
+from ovs3d_nerfstudio.prompts.segmentation import in_parts
+
+LEAST_DENSITY = 0.1
+"""What is thinner, in the model's units, is air that a picture does not show: it is not asked whether it is hidden."""
 
 MISSED = 1e9
 """Where nothing of a scene is, and rays begin that miss a crop box."""
@@ -41,9 +49,12 @@ class OVS3DModelConfig(SemanticModelConfig, NerfactoModelConfig):
     """Density at the start. Default: by the capture (see `capture`), 0.3 from the front, about 1 all around."""
     near_plane: float | None = None  # type: ignore[assignment]
     """Where rays begin. Default: by the capture, nerfacto's 0.05 from the front, 0.4 of the way to the subject all around."""
+    depth_loss_mult: float = 0.03
+    """Weight of the depth loss in the first step: rays to points that were found in the photos end there."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         **SemanticModelConfig.RANGES,
+        "depth_loss_mult": COUNT,
         "eval_num_rays_per_chunk": SIZE,
         "average_init_density": POSITIVE,
         "near_plane": COUNT,
@@ -75,6 +86,15 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             for module in self.modules():
                 if isinstance(module, FastHashEncoding):
                     module.position_gradients = needed
+        # What is hidden has no density, for the proposals neither: samples then lie on what is behind.
+        self.density_fns = [self._thinned(density) for density in self.density_fns]
+        get_density = self.field.get_density
+
+        def thinned(samples: RaySamples) -> tuple[Tensor, Tensor]:
+            density, embedding = get_density(samples)
+            return self._without_hidden(density, samples.frustums.get_positions()), embedding
+
+        self.field.get_density = thinned  # type: ignore[method-assign, assignment]
         # Corrected in half precision, rays of a 4K photo would miss their pixels by one.
         correct = self.camera_optimizer.apply_to_raybundle
         self.camera_optimizer.apply_to_raybundle = single_precision()(correct)  # type: ignore[method-assign]
@@ -88,14 +108,18 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         config = self.config
         capture = self.kwargs["metadata"].get("capture")  # none where no datamanager of ours made the model
         density, near = capture.start() if capture is not None else (THIN_DENSITY, NERFACTO_NEAR)
-        chosen = None in (config.average_init_density, config.near_plane)
-        config.average_init_density = density if config.average_init_density is None else config.average_init_density
-        config.near_plane = near if config.near_plane is None else config.near_plane
-        if chosen and capture is not None:
+        given = config.average_init_density, config.near_plane
+        config.average_init_density = density if given[0] is None else given[0]
+        config.near_plane = near if given[1] is None else given[1]
+        if capture is None:
+            return
+        self.remarks = capture.warnings(*given)
+        if None in given:
             self.remarks = [
+                *self.remarks,
                 f"Captured {capture.described}: geometry starts with density "
                 f"{config.average_init_density:.2g} from the near plane {config.near_plane:.2g} on. Choose otherwise with "
-                "--pipeline.model.average-init-density and --pipeline.model.near-plane."
+                "--pipeline.model.average-init-density and --pipeline.model.near-plane.",
             ]
 
     def photo_of(self, image: Float[Tensor, "H W c"]) -> Float[Tensor, "H W 3"]:
@@ -126,6 +150,21 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             return outputs
         metrics = self.get_metrics_dict(outputs, batch)
         return outputs, self.get_loss_dict(outputs, batch, metrics), metrics
+
+    def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
+        loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)
+        if "distances" in batch and self.config.depth_loss_mult:
+            share = self.config.depth_loss_mult * batch["distances_share"]
+            loss_dict["depth_loss"] = share * self._depth_loss(outputs, batch["distances"])
+        return loss_dict
+
+    def _depth_loss(self, outputs: dict, distances: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Of the last rays, in the field and in the proposals, which decide where it is looked at."""
+        told, losses = slice(-len(distances), None), []
+        for weights, samples in zip(outputs["weights_list"], outputs["ray_samples_list"], strict=True):
+            starts, ends = (edges[told, :, 0] for edges in (samples.frustums.starts, samples.frustums.ends))
+            losses.append(depth_loss(weights[told, :, 0], starts, ends, distances))
+        return torch.stack(losses).sum()
 
     def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
         rays = RayBundle(
@@ -158,7 +197,11 @@ class OVS3DModel(SemanticModel, NerfactoModel):
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict:
         call = self._call
-        outputs = super().get_outputs(ray_bundle)
+        # Behind what is hidden there may be nothing, which a NeRF paints with the colour of its last sample.
+        hides = self.hider is not None and renderers.BACKGROUND_COLOR_OVERRIDE is None
+        black = torch.zeros(3, device=ray_bundle.origins.device)
+        with renderers.background_color_override_context(black) if hides else nullcontext():
+            outputs = super().get_outputs(ray_bundle)
         samples = call.__dict__.pop("last_pass")
         if not call.semantics:
             return outputs
@@ -174,6 +217,22 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         window_positions, window_weights = self._heaviest_of_windows(call.window_rays)
         semantics = self.composited(torch.cat([positions, window_positions]), torch.cat([weights, window_weights]))
         return outputs | {"semantics": semantics[:rays], "window_semantics": semantics[rays:]}
+
+    def _thinned(self, density_of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda positions: self._without_hidden(density_of(positions), positions)
+
+    def _without_hidden(self, density: Float[Tensor, "*n 1"], positions: Float[Tensor, "*n 3"]) -> Tensor:
+        """Densities, 0 where this thread's renders hide what is there."""
+        question = self.hider
+        if question is None:
+            return density
+        there = (density[..., 0] > LEAST_DENSITY).nonzero(
+            as_tuple=True
+        )  # most of space is empty, and need not be asked
+        kept = in_parts(
+            positions[there], lambda part: question.keeps(F.normalize(self.semantic_field(part)[0], dim=-1))
+        )
+        return density.index_put(there, density[there] * kept[:, None])
 
     def _heaviest(
         self, samples: RaySamples, weights: Float[Tensor, "*R n 1"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -225,6 +225,27 @@ class SemanticModel(Model):
         finally:
             self._call.features = False
 
+    @contextmanager
+    def hiding(self, question: Question | None) -> Iterator[None]:
+        """This thread's renders leave out what `question` does not show, as if it were not there, and answer it."""
+        try:
+            self._call.question = question
+            yield
+        finally:
+            self._call.question = None
+
+    @property
+    def hider(self) -> Question | None:
+        """The question that has something hidden in this thread's renders."""
+        question = getattr(self._call, "question", None)
+        return question if question is not None and question.kept is not None and not self.training else None
+
+    def state_of_weights(self) -> Hashable:
+        """Equal as long as no weight has changed."""
+        # torch counts the writes into a parameter, though not those of fused optimizers, which `batches` tells of.
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        return weights, self.batches, self.segmenter.ready
+
     def shown(
         self, semantics: Semantics, rgb: Float[Tensor, "*R 3"], accumulation: Float[Tensor, "*R 1"]
     ) -> dict[str, Tensor]:
@@ -236,7 +257,7 @@ class SemanticModel(Model):
         scales = torch.where(there, semantics.scales, 0)
         if getattr(self._call, "features", False):
             return {"directions": directions, "scales": scales}
-        question = Question(self.segmenter, Answering(opacity=self.config.overlay_opacity))
+        question = self.hider or Question(self.segmenter, Answering(opacity=self.config.overlay_opacity))
         return dict(Answers(question, directions, scales, rgb))
 
     def labels_in(self, outputs: Mapping[str, Tensor]) -> Int[Tensor, "*R"]:

@@ -6,7 +6,7 @@ Geometry comes first and stands still once the semantic losses begin: a step of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int16
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.models.splatfacto import RGB2SH, SplatfactoModel, SplatfactoModelConfig, num_sh_bases
@@ -31,6 +31,7 @@ from ovs3d_nerfstudio.gaussians.splats import Splat
 from ovs3d_nerfstudio.models.lpips import lpips_optional
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
 from ovs3d_nerfstudio.prompts.answers import packed, unpacked
+from ovs3d_nerfstudio.prompts.segmentation import in_parts
 
 LEAST_ALPHA = 1e-3
 """What is composited is divided by the opacity of a pixel, or by this where there is hardly any."""
@@ -60,6 +61,8 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
     """Splatfacto with a semantic field, on any device (see `gaussians.rasterization`)."""
 
     config: OVS3DSplatModelConfig
+    _known: tuple[Hashable, Tensor] | None = None
+    """What `directions_of_gaussians` found, and for which weights."""
 
     def populate_modules(self) -> None:
         config = self.config
@@ -239,9 +242,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
     def _view_outputs(self, camera: Cameras, semantics: bool = True) -> dict:
         """Colour, depth and, where they are wanted and there are some, all channels of the semantics in one go."""
         width, height = int(camera.width), int(camera.height)
-        chosen = None
-        if self.crop_box is not None:
-            chosen = self.crop_box.within(self.means).squeeze(-1).nonzero()[:, 0]
+        chosen = self._chosen()
         lens, size, intrinsics = self._seen_by(camera)
         plan = self._plan(view_matrix(camera.camera_to_worlds), intrinsics, size, chosen=chosen)
         seen = plan.gaussians if chosen is None else chosen[plan.gaussians]
@@ -271,6 +272,24 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         if "directions" in shown:
             shown["directions"] = packed(shown["directions"])
         return outputs | shown
+
+    def _chosen(self) -> Int[Tensor, " m"] | None:
+        """The Gaussians inside the crop box that this thread's renders do not hide; None for all."""
+        inside = None if self.crop_box is None else self.crop_box.within(self.means).squeeze(-1)
+        question = self.hider
+        if question is not None:
+            shown = in_parts(self.directions_of_gaussians(), lambda part: question.keeps(unpacked(part)))
+            inside = shown if inside is None else inside & shown
+        return None if inside is None else inside.nonzero()[:, 0]
+
+    @torch.no_grad()
+    def directions_of_gaussians(self) -> Int16[Tensor, "n K"]:
+        """What the semantic field says at the centre of each Gaussian, normalised and `packed`; kept for the weights of now."""
+        state = self.state_of_weights()
+        if self._known is None or self._known[0] != state:
+            directions = in_parts(self.means, lambda part: packed(F.normalize(self.semantic_field(part)[0], dim=-1)))
+            self._known = state, directions
+        return self._known[1]
 
     def _outputs_of(self, windows: Windows, cameras: Cameras) -> dict:
         """The semantics of each ray of the windows, composited over the Gaussians that meet a window; `cameras` on the CPU."""

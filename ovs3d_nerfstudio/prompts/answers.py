@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.prompts.palette import colorize
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter, in_parts, spread_of, stretched
+from ovs3d_nerfstudio.prompts.shown import EVERYTHING, Shown
 
 STEPS = 32767
 """Steps from 0 to 1 of a packed direction's coefficients."""
@@ -51,15 +52,16 @@ class Answering:
     """Whether a relevancy map is the similarity stretched by its range over the scene, or the prompt's probability."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Question:
-    """Prompts and how they are answered."""
+    """Prompts, how they are answered, and which of them are shown."""
 
     segmenter: Segmenter
     """Knows the prompts. Where others may ask it something else meanwhile, a copy."""
     answering: Answering = Answering()
     negatives: Float[Tensor, "N D"] | None = None
     """Embeddings of what everything else is called, needed in mode `threshold`."""
+    shown: Shown = EVERYTHING
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -73,6 +75,24 @@ class Question:
     @cached_property
     def others(self) -> Float[Tensor, "K N"]:
         return self.text[:, :0] if self.negatives is None else self.segmenter.project(self.negatives)
+
+    @cached_property
+    def kept(self) -> Bool[Tensor, " flags"] | None:
+        """Whether what belongs to each prompt is shown, and last to none; None where everything is."""
+        flags = self.shown.flags(self.segmenter.prompts)
+        return None if all(flags) else torch.tensor(flags, device=self.text.device)
+
+    @cached_property
+    def hiding(self) -> Hashable:
+        """Equal for questions that hide the same of a scene; None for those that hide nothing."""
+        if self.kept is None:
+            return None
+        texts, answering = [self.text], self.answering
+        how: tuple = (answering.mode,)
+        if answering.mode == "threshold":
+            texts, how = [self.text, self.others], (answering.mode, answering.threshold, answering.temperature)
+        flags = tuple(self.shown.flags(self.segmenter.prompts))
+        return flags, how, tuple(text.numpy(force=True).tobytes() for text in texts)
 
     @cached_property
     def temperature(self) -> float:
@@ -91,15 +111,24 @@ class Question:
         negative that fits best, p_c = σ((z_c − max_n z_n) / τ), which is LERF's relevancy score (its eq. 1)."""
         if self.answering.mode == "argmax":
             return (self.scores(directions) / self.temperature).softmax(-1)
-        best = (directions @ self.others).amax(-1, keepdim=True)
-        return ((directions @ self.text - best) / self.temperature).sigmoid()
+        similarities = directions @ self.text
+        ahead = similarities - (directions @ self.others).amax(-1, keepdim=True)
+        if self.segmenter.wordless:
+            ahead = torch.where(self.segmenter.like, self.segmenter.likeness(similarities), ahead)
+        return (ahead / self.temperature).sigmoid()
 
-    def labels(self, directions: Float[Tensor, "n K"]) -> Int[Tensor, " n"]:
-        """The prompt each ray belongs to, −1 for none: also where there is `something` no more."""
-        if self.answering.mode == "argmax":
-            return torch.where(something(directions), self.scores(directions).argmax(-1), -1)
-        chances, labels = self.probabilities(directions).max(-1)
-        return torch.where(something(directions) & (chances >= self.answering.threshold), labels, -1)
+    def labels(
+        self, directions: Float[Tensor, "n K"], among: Bool[Tensor, " flags"] | None = None
+    ) -> Int[Tensor, " n"]:
+        """The prompt each ray belongs to, −1 for none: also where there is `something` no more; only those of `among`, where it
+        is given."""
+        argmax = self.answering.mode == "argmax"
+        scores = self.scores(directions) if argmax else self.probabilities(directions)
+        if among is not None:
+            scores = scores.masked_fill(~among[:-1], -torch.inf)
+        best, labels = scores.max(-1)
+        there = something(directions)
+        return torch.where(there if argmax else there & (best >= self.answering.threshold), labels, -1)
 
     def winners(
         self, directions: Float[Tensor, "n K"] | Int16[Tensor, "n K"]
@@ -112,6 +141,12 @@ class Question:
     def _winners(self, part: Tensor) -> Float[Tensor, "n 2"]:
         there = unpacked(part.to(self.text.device))
         return torch.stack([self.labels(there).float(), self.probabilities(there).amax(-1)], -1).cpu()
+
+    def keeps(self, directions: Float[Tensor, "n K"]) -> Bool[Tensor, " n"]:
+        """Whether what is at some points is shown."""
+        if self.kept is None:
+            return torch.ones(len(directions), dtype=torch.bool, device=directions.device)
+        return self.kept[self.labels(directions)]  # −1, none, finds the last
 
     def relevancy(self, directions: Float[Tensor, "n K"], index: int) -> Float[Tensor, "n 1"]:
         """The relevancy map of one prompt, in [0, 1]; 0 where there is nothing."""
@@ -149,7 +184,8 @@ class Answers(Mapping[str, Tensor]):
     @cached_property
     def labels(self) -> Int[Tensor, "*R"]:
         """The prompt each ray belongs to, −1 for none."""
-        return self._each(self.question.labels).view(self.rgb.shape[:-1])
+        question = self.question
+        return self._each(lambda directions: question.labels(directions, question.kept)).view(self.rgb.shape[:-1])
 
     def __iter__(self) -> Iterator[str]:
         if self.question.names:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, image_text_encoder
 from ovs3d_nerfstudio.errors import reason
 from ovs3d_nerfstudio.precision import single_precision
+from ovs3d_nerfstudio.prompts.likes import Like, LikesError
 from ovs3d_nerfstudio.prompts.prompts import prompt_key
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter
 
@@ -34,19 +35,21 @@ class Embedder:
 
         Raises:
             EncoderError: the run's encoder cannot be had here or is another, or a prompt is too long for it.
+            LikesError: a prompt without words is of another encoder.
         """
         if segmenter.fingerprint != self._fingerprint:
             self._encoder, self._known, self._fingerprint = None, {}, segmenter.fingerprint
         trained = zip(segmenter.prompts, segmenter.text.cpu(), strict=True)
         known = self._known | {prompt_key(prompt): row for prompt, row in trained}
-        new = [prompt for prompt in prompts if prompt_key(prompt) not in known]
+        clicked = {prompt_key(prompt): _feature(prompt, segmenter) for prompt in prompts if isinstance(prompt, Like)}
+        new = [prompt for prompt in prompts if prompt_key(prompt) not in known | clicked]
         if new:
             tower = self._tower(segmenter)
             start = time.perf_counter()
             known |= dict(zip(map(prompt_key, new), tower.embed_text(new).float().cpu(), strict=True))
             self.seconds += time.perf_counter() - start
         self._known = known
-        return torch.stack([known[prompt_key(prompt)] for prompt in prompts])
+        return torch.stack([(known | clicked)[prompt_key(prompt)] for prompt in prompts])
 
     def _tower(self, segmenter: Segmenter) -> ImageTextEncoder:
         if self._encoder is not None:
@@ -67,3 +70,13 @@ class Embedder:
         encoder.embed_text(["first"])  # which loads it
         self._encoder = encoder
         return encoder
+
+
+def _feature(like: Like, segmenter: Segmenter) -> Float[Tensor, "D"]:  # noqa: F821
+    """What a prompt without words stands for. Raises LikesError when it is not of the run's encoder."""
+    if like.fingerprint != segmenter.fingerprint or len(like.feature) != len(segmenter.basis):
+        raise LikesError(
+            f"'{like}' was clicked in features of {like.fingerprint} ({len(like.feature)} numbers), but the run's come from "
+            f"{segmenter.fingerprint} ({len(segmenter.basis)}); click it again in this run."
+        )
+    return torch.tensor(like.feature)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.files import leads_out_of
+from ovs3d_nerfstudio.prompts import likes
+from ovs3d_nerfstudio.prompts.likes import Like
 
 MAX_PROMPTS = 200
 MAX_PROMPT_CHARACTERS = 300
@@ -48,7 +50,7 @@ def parse_prompts(text: str) -> list[str]:
     Raises:
         PromptError: nothing is left, more than 200 prompts, or a prompt of more than 300 characters.
     """
-    return _collect(_split(text), f"in {text!r}" if len(text) <= 60 else "in the text given")
+    return _collect(_split(text), _origin(text))
 
 
 def read_prompts_file(path: Path) -> list[str]:
@@ -58,8 +60,10 @@ def read_prompts_file(path: Path) -> list[str]:
     here too, so that prompts joined by `;` always come apart as they were.
 
     Raises:
-        PromptError: the file is missing, unreadable, not UTF-8 or without a prompt, or as in `parse_prompts`.
+        PromptError: the file is missing, unreadable, not UTF-8, without a prompt or one of likes, or as in `parse_prompts`.
     """
+    if Path(path).suffix.lower() == likes.SUFFIX:
+        raise PromptError(f"{path} is no text file of prompts; name a file of likes with --prompts {path}.")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -108,8 +112,11 @@ def read_classes_file(path: Path) -> list[str]:
 def given_prompts(prompts: str, prompts_file: Path | None) -> list[str] | None:
     """The prompts of `prompts` (blank: not given) or of `prompts_file`; None where neither is given.
 
+    A part of `prompts` that ends with `.json` is a file of likes (see `likes`), and stands for all of them.
+
     Raises:
         PromptError: both are given, or the chosen one is unusable.
+        LikesError: a file of likes is unusable.
     """
     if prompts.strip() and prompts_file is not None:
         raise PromptError(
@@ -117,7 +124,11 @@ def given_prompts(prompts: str, prompts_file: Path | None) -> list[str] | None:
             "give only one of them."
         )
     if prompts.strip():
-        return parse_prompts(prompts)
+        parts: list[str] = []
+        for part in _split(prompts):
+            is_file = part.strip().lower().endswith(likes.SUFFIX)
+            parts += likes.read_likes(Path(part.strip())) if is_file else [part]
+        return _collect(parts, _origin(prompts))
     return read_prompts_file(prompts_file) if prompts_file is not None else None
 
 
@@ -128,10 +139,16 @@ def choose_prompts(prompts: str, prompts_file: Path | None, data: Path) -> tuple
     `classes.txt`; else none, an empty list.
 
     Raises:
-        PromptError: both are given, or the chosen one is unusable.
+        PromptError: both are given, or the chosen one is unusable, or holds prompts without words.
+        LikesError: a file of likes is unusable.
     """
     given = given_prompts(prompts, prompts_file)
     if given is not None:
+        wordless = [prompt for prompt in given if isinstance(prompt, Like)]
+        if wordless:
+            raise PromptError(
+                f"'{wordless[0]}' is a prompt without words, which only a trained run can be asked for; give words here."
+            )
         place = "as given" if prompts_file is None else f"from the prompts file {prompts_file}"
         return given, f"{_count(given)} {place}: {'; '.join(given)}."
     classes_file = find_classes_file(data)
@@ -139,6 +156,10 @@ def choose_prompts(prompts: str, prompts_file: Path | None, data: Path) -> tuple
         chosen = read_classes_file(classes_file)
         return chosen, f"{_count(chosen)} from the scene's {classes_file}, sorted: {'; '.join(chosen)}."
     return [], f"No prompts: none were given, and {data} has no {CLASSES_FILE.as_posix()}."
+
+
+def _origin(text: str) -> str:
+    return f"in {text!r}" if len(text) <= 60 else "in the text given"
 
 
 def _split(text: str) -> list[str]:
@@ -155,6 +176,8 @@ def _collect(parts: Iterable[str], origin: str) -> list[str]:
                 f"A prompt {origin} has {len(prompt)} characters ({_quote(prompt)}), more than the "
                 f"{MAX_PROMPT_CHARACTERS} allowed; shorten it, or separate prompts by `;` or line ends."
             )
+        if isinstance(part, Like):
+            prompt = Like(prompt, part.feature, part.fingerprint)
         if prompt:
             found.setdefault(prompt_key(prompt), prompt)
     if not found:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ovs3d_nerfstudio.fields.compositing import LEAST_LENGTH
 from ovs3d_nerfstudio.files import mask_stem
+from ovs3d_nerfstudio.prompts.likes import Like
 from ovs3d_nerfstudio.prompts.palette import colors_for
 from ovs3d_nerfstudio.prompts.prompts import prompt_key
 
@@ -32,6 +33,10 @@ NARROW = 1 / 3
 """A prompt whose similarities vary by less than this share of what the widest prompt's do is one that the encoder hardly
 answers to: by cosines it would lose its own place to others. Of six pairs of scene and encoder, one has such a prompt
 (0.25) and gains 0.58 mIoU by relevancies; those from 0.42 on lose up to 0.014."""
+LIKE, GATHERINGS = 0.5, 3
+"""How far from what is common in the scene to the middle of what is like a click a point must be to belong to it, and how many
+times that middle is sought. Clicks anywhere into the demo's things find them so with a mean IoU of 0.70 (its words: 0.86); with
+0.4, 0.67; without a middle, by the feature of the clicked point alone, 0.57."""
 
 
 class Segmenter(nn.Module):
@@ -49,6 +54,8 @@ class Segmenter(nn.Module):
     range: Tensor
     colors: Tensor
     spread: Tensor
+    like: Tensor
+    halfway: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +77,9 @@ class Segmenter(nn.Module):
         self.register_buffer("range", torch.zeros(2, 0))
         self.register_buffer("colors", torch.zeros(0, 3))
         self.register_buffer("spread", torch.ones(()))
+        # Which prompts are without words, and the similarity from which on a point belongs to one; no run is trained on them.
+        self.register_buffer("like", torch.zeros(0, dtype=torch.bool), persistent=False)
+        self.register_buffer("halfway", torch.zeros(0), persistent=False)
 
     def configure(
         self,
@@ -103,15 +113,20 @@ class Segmenter(nn.Module):
 
         `text` are their embeddings by the encoder of the run. What the run was trained on is in the scene; another prompt may
         not be, and to stretch the little that it varies would find it all the same: its range is at least as wide as those
-        of the training's prompts commonly are (their median).
+        of the training's prompts commonly are (their median). What a prompt without words was clicked on is there.
         """
         if self.prompts == self.trained_prompts and self.prompts:
             self._usual = self.range.diff(dim=0).quantile(0.5)
         self.prompts, self.text = list(prompts), text.to(self.basis)
         low, high = self.similarity_range(self.text)
         trained = {prompt_key(prompt) for prompt in self.trained_prompts}
-        new = torch.tensor([prompt_key(prompt) not in trained for prompt in self.prompts], device=low.device)
+        self.like = torch.tensor([isinstance(prompt, Like) for prompt in self.prompts], device=low.device)
+        new = (
+            torch.tensor([prompt_key(prompt) not in trained for prompt in self.prompts], device=low.device) & ~self.like
+        )
         self.range = torch.stack([low, torch.where(new, torch.maximum(high, low + self._usual), high)])
+        if self.wordless:
+            self.halfway = halfway(self.sample @ self.project(self.text))
         self.colors = torch.from_numpy(colors_for(self.prompts, self.trained_prompts)).to(self.basis)
 
     @property
@@ -137,8 +152,36 @@ class Segmenter(nn.Module):
         return stretched(similarities, *self.range)
 
     def class_scores(self, similarities: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
-        """What the argmax over classes is taken of: cosines (3D-OVS) or relevancies over the scene."""
-        return similarities if self.scores == "cosine" else self.relevancies(similarities)
+        """What the argmax over classes is taken of: cosines (3D-OVS) or relevancies over the scene.
+
+        Features are far more like each other than like any words, so a prompt without words is not compared by either: it
+        goes before all words where a point is like what was clicked, and behind the best of them elsewhere.
+        """
+        scores = similarities if self.scores == "cosine" else self.relevancies(similarities)
+        if not self.wordless:
+            return scores
+        best = scores.masked_fill(self.like, -torch.inf).amax(-1, keepdim=True)
+        best = torch.where(self.like.all(), torch.zeros_like(best), best)
+        return torch.where(self.like, best + self.likeness(similarities, self.scores), scores)
+
+    @property
+    def wordless(self) -> bool:
+        """Whether there are prompts without words."""
+        return any(isinstance(prompt, Like) for prompt in self.prompts)
+
+    def gathered(self, feature: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+        """The middle of what is like a point in the scene: its own feature may be that of one side of a thing."""
+        for _ in range(GATHERINGS):
+            similarities = self.sample @ feature[:, None]
+            near = similarities > halfway(similarities)
+            if near.any():
+                feature = F.normalize((self.sample * near).mean(0), dim=0)
+        return feature
+
+    def likeness(self, similarities: Float[Tensor, "*n C"], unit: ClassScores = "cosine") -> Float[Tensor, "*n C"]:
+        """How far beyond `halfway` similarities are, as far apart as cosines or relevancies of words commonly are."""
+        ahead = stretched(similarities, *self.range) - stretched(self.halfway, *self.range)
+        return ahead if unit == "relevancy" or not isinstance(self._usual, Tensor) else ahead * self._usual
 
     def output_names(self) -> list[str]:
         """One name a prompt for its relevancy map. nerfstudio reads "rgb" in a name as colour, so it must not occur, and
@@ -212,6 +255,12 @@ def alike(similarities: Float[Tensor, "n C"]) -> list[tuple[int, int, float]]:
     standard = F.normalize(similarities - similarities.mean(0), dim=0)
     correlation = standard.T @ standard
     return [(i, j, float(correlation[i, j])) for i, j in (correlation.triu(1) > ALIKE).nonzero().tolist()]
+
+
+def halfway(similarities: Float[Tensor, "n C"]) -> Float[Tensor, " C"]:
+    """From which similarity on a point belongs to a prompt without words, given those with it in the scene."""
+    common = percentiles(similarities, 0.5, 0.5)[0]
+    return torch.lerp(common, torch.ones_like(common), LIKE)
 
 
 def in_parts(rays: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -25,8 +25,10 @@ from ovs3d_nerfstudio.memory import REMEDIES, MemoryShortage, free_memory, is_ou
 from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question
 from ovs3d_nerfstudio.prompts.embedding import Embedder
-from ovs3d_nerfstudio.prompts.prompts import PromptError, parse_prompts, prompt_key
+from ovs3d_nerfstudio.prompts.likes import Like
+from ovs3d_nerfstudio.prompts.prompts import MAX_PROMPTS, PromptError, parse_prompts, prompt_key
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter
+from ovs3d_nerfstudio.prompts.shown import Shown
 
 T = TypeVar("T")
 
@@ -52,6 +54,9 @@ class LivePrompts:
         """The prompts asked for; None for the trained ones, whatever they are by then."""
         self.negatives: list[str] = parse_prompts(NEGATIVES)
         self.answering = Answering(opacity=model.config.overlay_opacity)
+        self.shown = Shown()
+        self.likes: dict[str, Like] = {}
+        """Prompts without words by `prompt_key`: wherever their names are asked, it is for what was clicked."""
         self.question: Question | None = None
         """None while the run has seen no features."""
         self.trained = Segmenter()
@@ -82,7 +87,7 @@ class LivePrompts:
                 negatives = self.question.negatives
                 if self.prompts is not None:
                     asking = _asking(trained, self.prompts, self.question.segmenter.text)
-            self.question = Question(asking, self.answering, negatives)
+            self.question = Question(asking, self.answering, negatives, self.shown.among(asking.prompts))
         self._seen = segmenter.colors  # last: nerfstudio may interrupt a render at any line
         return True
 
@@ -121,8 +126,47 @@ class LivePrompts:
                 raise PromptError("The last prompt stays; ask for others, or go back to the trained ones.")
             self._change(list(asked.values()), None, {})
 
-    def _change(self, prompts: list[str] | None, negatives: Sequence[str] | None, changes: dict) -> float:
+    def like(self, feature: Float[Tensor, " K"]) -> Like:
+        """Ask, behind what is asked, for what is like a point whose normalised coefficients are `feature`.
+
+        Raises PromptError as `add`.
+        """
+        with self._edit:
+            trained, number = self.trained, 1
+            while prompt_key(f"like {number}") in {*self.likes, *map(prompt_key, [*self.asked, *trained.prompts])}:
+                number += 1
+            if len(self.likes) >= MAX_PROMPTS:
+                raise PromptError(f"There are {MAX_PROMPTS} prompts without words already; ask for one of them.")
+            embedding = trained.basis @ trained.gathered(feature.to(trained.basis))
+            like = Like(f"like {number}", torch.nn.functional.normalize(embedding, dim=0).tolist(), trained.fingerprint)
+            prompts = parse_prompts("; ".join([*self.asked, like]))
+            self.likes[prompt_key(like)] = like
+            self._change(prompts, None, {})
+            return like
+
+    def show(self, how: Literal["all", "only", "hide"], prompt: str = "") -> None:
+        """Show everything, only what belongs to one of the prompts asked, or all but that and what was hidden before.
+
+        Raises PromptError when it is not asked for, or nothing would be left.
+        """
+        with self._edit:
+            shown = Shown()
+            if how != "all" and prompt_key(prompt) not in map(prompt_key, self.asked):
+                raise PromptError(f"'{prompt}' is not among the prompts.")
+            if how == "only":
+                shown = Shown(only=(prompt,))
+            elif how == "hide":
+                shown = Shown(without=(*self.shown.without, prompt))
+            if not any(shown.flags(self.asked)[:-1]) and how != "all":
+                raise PromptError("Nothing would be left; show all first.")
+            self._change(self.prompts, None, {}, shown)
+
+    def _change(
+        self, prompts: list[str] | None, negatives: Sequence[str] | None, changes: dict, shown: Shown | None = None
+    ) -> float:
         answering = replace(self.answering, **changes)
+        if prompts is not None:
+            prompts = [self.likes.get(prompt_key(prompt), prompt) for prompt in prompts]
         others = self.negatives if negatives is None else list(negatives)
         before = self._embed.seconds
         while True:
@@ -131,10 +175,12 @@ class LivePrompts:
                 raise PromptError("The run has seen no features yet; ask again once training has begun.")
             asking = trained if prompts is None else _asking(trained, prompts, self._embed(trained, prompts))
             other = self._embed(trained, others) if answering.mode == "threshold" else None
-            question = Question(asking, answering, other)
+            shows = (self.shown if shown is None else shown).among(asking.prompts)
+            question = Question(asking, answering, other, shows)
             with self._swap:
                 if trained is self.trained:  # else training has gone on to other features, and the question is stale
                     self.prompts, self.negatives, self.answering, self.question = prompts, others, answering, question
+                    self.shown = shows
                     return self._embed.seconds - before
 
 
@@ -168,10 +214,8 @@ class LiveOutputs(MutableMapping[str, Tensor]):
         if question is None or "directions" not in rendered:
             return None
         if self._answers is None or self._answers.question is not question:
-            self._answers, self._last = (
-                Answers(question, *(rendered[n] for n in ("directions", "scales", "rgb"))),
-                None,
-            )
+            parts = (rendered[name] for name in ("directions", "scales", "rgb"))
+            self._answers, self._last = Answers(question, *parts), None
         return self._answers
 
     def shares(self) -> list[float]:
@@ -294,6 +338,10 @@ class Point:
     """Index of the prompt that the point belongs to, −1 for none."""
     position: tuple[float, float, float]
     """In the coordinates of the viewer's scene."""
+    feature: Tensor
+    """Normalised coefficients, K."""
+    question: Question
+    """What was asked."""
 
 
 class LiveModel:
@@ -360,16 +408,17 @@ class LiveModel:
         return {"rgb": torch.zeros(1, 1, 3, device=device), "depth": torch.zeros(1, 1, 1, device=device)}
 
     def _features(self, camera: Cameras, box: OrientedBox | None) -> dict[str, Tensor]:
-        model = self._model
-        # torch counts the writes into a parameter, though not those of fused optimizers, which `batches` tells of.
-        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+        model, question = self._model, self._live.question
         background = getattr(model, "background_color", None)  # of Gaussians, which the viewer sets
         shade = tuple(background.tolist()) if isinstance(background, Tensor) else None
-        return self._cache.get(
-            (weights, model.batches, model.segmenter.ready),
-            (_view_key(camera, box), shade),
-            lambda: model.get_features_for_camera(camera, box),
-        )
+        # What is asked changes no feature, unless it has something hidden.
+        hiding = question.hiding if question is not None else None
+
+        def render() -> dict[str, Tensor]:
+            with model.hiding(question):
+                return model.get_features_for_camera(camera, box)
+
+        return self._cache.get(model.state_of_weights(), (_view_key(camera, box), shade, hiding), render)
 
     @torch.no_grad()
     def point(self, origin: Sequence[float], direction: Sequence[float]) -> Point | None:
@@ -380,7 +429,7 @@ class LiveModel:
         model, question = self._model, self._live.question
         start = torch.tensor([list(origin)], dtype=torch.float32)
         along = torch.nn.functional.normalize(torch.tensor([list(direction)], dtype=torch.float32), dim=-1)
-        with self._lock, told_what_to_lower("showing a view"):
+        with self._lock, told_what_to_lower("showing a view"), model.hiding(question):
             training = model.training
             try:
                 model.eval()
@@ -395,8 +444,10 @@ class LiveModel:
         return Point(
             question.segmenter.prompts,
             question.probabilities(directions)[0].tolist(),
-            int(question.labels(directions)[0]),
+            int(question.labels(directions, question.kept)[0]),
             (x, y, z),
+            directions[0],
+            question,
         )
 
 

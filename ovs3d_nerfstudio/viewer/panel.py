@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import viser.transforms as vtf
@@ -15,11 +15,14 @@ from nerfstudio.viewer.viewer_elements import ViewerClick, ViewerControl
 from rich.markup import escape
 from viser import GuiEvent
 
+from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.encoders.base import EncoderError
 from ovs3d_nerfstudio.memory import MemoryShortage, told_what_to_lower
 from ovs3d_nerfstudio.models.semantics import SemanticModel
-from ovs3d_nerfstudio.prompts.prompts import PromptError, clean_prompt, parse_prompts
+from ovs3d_nerfstudio.prompts.likes import LikesError, read_likes, write_likes
+from ovs3d_nerfstudio.prompts.prompts import PromptError, clean_prompt, parse_prompts, prompt_key
 from ovs3d_nerfstudio.viewer.live import NEGATIVES, LiveModel, LiveOutputs, LivePrompts, Point, still_there
+from ovs3d_nerfstudio.viewer.things import Thing, Things
 
 if TYPE_CHECKING:
     from nerfstudio.viewer.render_state_machine import RenderAction, RenderStateMachine
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 MODES = {"argmax over prompts": "argmax", "threshold per prompt": "threshold"}
 CLICK = "Click into the picture to ask what is there."
 ALONE = "A single prompt takes everything by argmax; choose threshold per prompt to see where it is."
+LIKES_FILE = "likes.json"
+"""Where prompts without words are kept, in the run's folder."""
+NO_PROMPT = "–"
+"""Stands for the prompts where there are none to choose from."""
 SECONDS_A_LEGEND = 0.25
 """Least time between two updates of the shares, which a browser typesets anew each time."""
 
@@ -62,8 +69,14 @@ class PromptPanel(ViewerControl):
         self._looked = threading.Event()
         self._outputs_lock = threading.Lock()
         self._told = ""  # what was printed last: the panel alone is easily overlooked
-        self._view = LiveModel(self.live, viewer.train_lock or nullcontext(), self._on_view)
+        lock, datamanager = viewer.train_lock or nullcontext(), cast(Any, viewer.pipeline.datamanager)
+        self._view = LiveModel(self.live, lock, self._on_view)
+        self._frame = frame_of(datamanager)
+        self._things = Things(self._model, datamanager.train_dataset.cameras, self._frame, lock)
+        self._found: Point | None = None  # what was clicked last
+        self._likes_file = viewer.log_filename.parent / LIKES_FILE
         self._build()
+        self._read_likes()
         # Evaluation and checkpoints go on with the model itself; only what the viewer shows is asked of the live prompts.
         viewer.get_model = lambda: self._view  # type: ignore[method-assign, assignment, return-value]
         viewer.control_panel.update_output_options = self._update_outputs  # type: ignore[assignment, method-assign]
@@ -82,6 +95,12 @@ class PromptPanel(ViewerControl):
             self._buttons(Apply=self._apply, Trained=self._reset)
             self._one = gui.add_text("One prompt", "", hint="To add to the prompts, or to remove from them.")
             self._buttons(Add=self._add, Remove=self._remove)
+            self._prompt = gui.add_dropdown(
+                "Prompt",
+                (NO_PROMPT,),
+                hint="What to show alone or to hide; a click into the picture chooses what is there.",
+            )
+            self._buttons(All=self._show_all, Only=self._show_only, Hide=self._hide)
             self._mode = gui.add_dropdown(
                 "Classes",
                 tuple(MODES),
@@ -108,6 +127,7 @@ class PromptPanel(ViewerControl):
             self._legend = gui.add_markdown("")
             self._status = gui.add_markdown("")
             self._point = gui.add_markdown(CLICK)
+            self._buttons(**{"More like this": self._like})
         for control in (self._mode, self._threshold, self._temperature, self._opacity, self._normalise):
             control.on_update(lambda event: self._change(self._settle) if event.client is not None else None)
         self._show()
@@ -159,6 +179,46 @@ class PromptPanel(ViewerControl):
 
         self._change(remove, self._text.value)
 
+    def _show_all(self) -> None:
+        self._see("all", "Everything is shown.")
+
+    def _show_only(self) -> None:
+        self._see("only", f"Only '{self._prompt.value}' is shown.")
+
+    def _hide(self) -> None:
+        self._see("hide", f"'{self._prompt.value}' is hidden.")
+
+    def _see(self, how: Literal["all", "only", "hide"], said: str) -> None:
+        prompt = self._prompt.value
+
+        def see() -> str:
+            self.live.show(how, prompt)
+            return said
+
+        self._change(see)
+
+    def _like(self) -> None:
+        def like() -> str:
+            if self._found is None:
+                raise PromptError("Click into the picture first, on what more is to be found of.")
+            name = self.live.like(self._found.feature)
+            self._list(self.live.asked, name)
+            try:
+                write_likes(self._likes_file, list(self.live.likes.values()))
+            except OSError as error:
+                return f"'{name}' is what was clicked; it could not be saved ({error.strerror})."
+            return f"'{name}' is what was clicked. For other commands: --prompts {self._likes_file}"
+
+        self._change(like, self._text.value)
+
+    def _read_likes(self) -> None:
+        """Takes up what an earlier viewer of the run has left."""
+        if self._likes_file.exists():
+            try:
+                self.live.likes = {prompt_key(like): like for like in read_likes(self._likes_file)}
+            except LikesError as error:
+                self._tell(str(error))
+
     def _settle(self) -> str:
         mode = MODES[self._mode.value]
         seconds = self.live.ask(
@@ -177,7 +237,7 @@ class PromptPanel(ViewerControl):
         try:
             with told_what_to_lower("loading the encoder"):
                 said = edit()
-        except (PromptError, EncoderError, MemoryShortage) as error:
+        except (PromptError, EncoderError, LikesError, MemoryShortage) as error:
             said = str(error)
             if not isinstance(error, PromptError):
                 self._tell(said)
@@ -255,17 +315,38 @@ class PromptPanel(ViewerControl):
         if len(shares) != len(question.names):
             shares = []
         segmenter = question.segmenter
-        content = legend(segmenter.prompts, segmenter.colors.tolist(), shares)
+        self._list(segmenter.prompts)
+        shown_ones = question.shown.flags(segmenter.prompts)
+        content = legend(segmenter.prompts, segmenter.colors.tolist(), shares, shown_ones)
         if content != self._legend.content:
             self._legend.content = content
 
+    def _list(self, prompts: Sequence[str], choice: str = "") -> None:
+        """Has the prompts to choose from; the chosen one stays as long as it is there, unless there is another `choice`."""
+        with self._outputs_lock:
+            options = tuple(map(str, prompts)) or (NO_PROMPT,)
+            chosen = str(choice) or self._prompt.value
+            if self._prompt.options != options:
+                self._prompt.options = options  # type: ignore[assignment]
+            if chosen in options and chosen != self._prompt.value:
+                self._prompt.value = chosen
+
     def _clicked(self, click: ViewerClick) -> None:
         try:
-            point = self._view.point(click.origin, click.direction)
+            point = self._found = self._view.point(click.origin, click.direction)
+            if point is None:
+                self._point.content = ""
+                return
+            position = self._frame.to_data(np.array([point.position]))[0].tolist()
+            self._point.content = described(point, position)
+            if point.winner >= 0:
+                self._list(self.live.asked, point.prompts[point.winner])
+            # Said second: for a NeRF, objects are looked for among pictures, which take their time.
+            thing = self._things.at(point)
+            if self._found is point and thing is not None:
+                self._point.content = described(point, position, thing)
         except MemoryShortage as error:
             self._point.content = _jsx(str(error))
-        else:
-            self._point.content = "" if point is None else described(point)
 
 
 def at_a_photo(client: Any, pipeline: Any) -> None:
@@ -299,24 +380,34 @@ def keep_steps(machine: RenderStateMachine) -> None:
     machine.action = action  # type: ignore[method-assign]
 
 
-def legend(prompts: Sequence[str], colors: Sequence[Sequence[float]], shares: Sequence[float]) -> str:
-    """Colour, prompt and, where known, the share of the picture of each prompt, and of none; markdown as viser reads it."""
+def legend(
+    prompts: Sequence[str], colors: Sequence[Sequence[float]], shares: Sequence[float], shown: Sequence[bool] = ()
+) -> str:
+    """Colour, prompt and, where known, the share of the picture of each prompt, and of none; or that it is hidden, by `shown`.
+    Markdown as viser reads it."""
     rows = []
     for i, (prompt, color) in enumerate(zip(prompts, colors, strict=True)):
         square = f'<span style={{{{color: "{_hex(color)}"}}}}>{_jsx("■")}</span>'
-        rows.append([square, _jsx(prompt), _jsx(f"{shares[i]:.1%}") if shares else ""])
+        share = _jsx(f"{shares[i]:.1%}") if shares else ""
+        rows.append([square, _jsx(prompt), share if not shown or shown[i] else _jsx("hidden")])
     if shares and 1 - sum(shares) > 5e-4:
         rows.append(["", _jsx("none of them"), _jsx(f"{1 - sum(shares):.1%}")])
     return _table(rows)
 
 
-def described(point: Point) -> str:
-    """A sentence about a point, and each prompt's probability, the highest first; markdown as viser reads it."""
-    x, y, z = point.position
+def described(point: Point, position: Sequence[float], thing: Thing | None = None) -> str:
+    """Sentences about a point and the object that it is on, with their places in the data's frame, and each prompt's
+    probability, the highest first; markdown as viser reads it."""
+    x, y, z = position
     winner = point.prompts[point.winner] if point.winner >= 0 else "none of the prompts"
     order = sorted(range(len(point.prompts)), key=lambda i: -point.chances[i])
     rows = [[_jsx(point.prompts[i]), _jsx(f"{point.chances[i]:.1%}")] for i in order]
-    return _jsx(f"{winner} at ({x:.3f}, {y:.3f}, {z:.3f})") + "\n\n" + _table(rows)
+    lines = [_jsx(f"{winner} at ({x:.3f}, {y:.3f}, {z:.3f})")]
+    if thing is not None:
+        size = " × ".join(f"{side:.2f}" for side in thing.size)
+        centre = ", ".join(f"{value:.2f}" for value in thing.object.centroid)
+        lines.append(_jsx(f"object {thing.number} of {thing.count}: {size}, around ({centre})"))
+    return "".join(f"<div>{line}</div>" for line in lines) + _table(rows)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
