@@ -94,6 +94,7 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
         """As nerfstudio's. In the first steps the last rays are of `sightings`, and the batch has their `distances` and, as
         `distances_share`, what is left of the depth loss by then."""
         self.train_count += 1
+        assert self.train_pixel_sampler is not None
         batch = self.train_pixel_sampler.sample(next(self.iter_train_image_dataloader))
         config, drawn = self.config, len(batch["indices"])
         count = min(config.depth_rays, drawn // 2)

@@ -145,8 +145,9 @@ def _of_data(positions: torch.Tensor, colors: torch.Tensor | None) -> Seeds:
         positions.numpy(),
         rgb.to(torch.uint8).numpy(),
         f"Gaussians begin at the {len(positions):,} points that come with the data{remark}.",
-        *np.zeros((2, 0), np.int32),
-        np.zeros((0, 2), np.float32),
+        point=np.zeros(0, np.int32),
+        view=np.zeros(0, np.int32),
+        place=np.zeros((0, 2), np.float32),
     )
 
 
