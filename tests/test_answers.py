@@ -5,6 +5,8 @@ import torch
 
 from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question, packed
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter
+from ovs3d_nerfstudio.viewer.live import FeatureCache
+from ovs3d_nerfstudio.viewer.panel import legend
 
 
 def plain_question(prompts: int = 3, negatives: int = 2, **answering) -> Question:
@@ -60,3 +62,22 @@ def test_probabilities_of_the_argmax_are_those_of_a_softmax_and_may_be_shown():
     shown = torch.cat([answers[name] for name in question.names], -1)
     assert torch.allclose(shown, (directions @ question.text / question.temperature).softmax(-1))
     assert torch.equal(shown.argmax(-1), answers.labels)
+
+
+def test_features_that_outgrow_their_room_are_let_go_the_oldest_first():
+    cache, made = FeatureCache(kept_bytes=100), []
+    render = lambda: made.append(1) or {"directions": torch.zeros(10)}  # noqa: E731
+    for view in ("a", "b", "c"):
+        cache.get("weights", view, render)
+    assert len(made) == 3
+    cache.get("weights", "c", render), cache.get("weights", "b", render)
+    assert len(made) == 3
+    cache.get("weights", "a", render)
+    assert len(made) == 4
+
+
+def test_prompts_in_the_legend_are_never_code():
+    hostile = ["{1+1}", '"}<img src=x onerror=alert(1)>', "![a](/etc/passwd)", "`x`", "a | b", "🦔 שלום\\"]
+    text = legend(hostile, [[0, 0.5, 1]] * len(hostile), [0.1] * len(hostile))
+    assert text.isascii() and "![" not in text and "onerror" in text and "<img" not in text and "`" not in text
+    assert "#0080ff" in text and text.count("<tr>") == 7
