@@ -131,6 +131,9 @@ def test_our_commands_take_it_too(run, tmp_path, ovs3d):
     assert ovs3d("render", "dataset", *words, "--without", "a cat")[0] == 0
     labels = [read_labels(path) for path in (tmp_path / "r").rglob("labels/*.png")]
     assert len(labels) == 3 and set(np.unique(labels)) == {-1, 1}
+    words = ["--load-config", run, "--output-path", tmp_path / "s.mp4", "--rendered-output-names", "segmentation"]
+    assert ovs3d("render", "spiral", *words, "--seconds", 1, "--frame-rate", 2)[0] == 0
+    assert [frame.shape for frame in frames(tmp_path / "s.mp4")] == 2 * [(72, 96, 3)]
     words = ["--load-config", run, "--output-dir", tmp_path / "c", "--num-points", 4000]
     assert ovs3d("export", "pointcloud", *words)[0] == 0
     assert len(PlyData.read(tmp_path / "c" / "point_cloud.ply")["vertex"]) > 3000
