@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from asking import answers_are_those_of_its_pictures, the_catalogue_is_whole
-from conftest import camera_path, command, frames
+from conftest import camera_path, command, frames, ns_viewer
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.scripts.exporter import ExportGaussianSplat
 from nerfstudio.scripts.render import RenderCameraPath, RenderInterpolated
@@ -105,6 +106,11 @@ def test_nerfstudios_commands_take_it_as_a_splat(run, tmp_path):
     assert (
         0.98 * count < len(PlyData.read(tmp_path / "splat.ply")["vertex"]) <= count
     )  # nerfstudio drops what is hardly there
+
+
+def test_ns_viewer_opens_it(run, tmp_path):
+    with ns_viewer(run, tmp_path / "log"):
+        time.sleep(3)
 
 
 def test_ns_render_makes_videos_of_it(run, tmp_path):
