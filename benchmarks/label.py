@@ -14,6 +14,7 @@ the splat alone, and its run has other views than the scene's.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -33,14 +34,14 @@ from seeds import read_depth
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "encoders"))
 
-from ovs3d_nerfstudio.cli.common import open_run  # noqa: E402
 from ovs3d_nerfstudio.data.views import read_view  # noqa: E402
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator  # noqa: E402
 from ovs3d_nerfstudio.evaluation.splits import evaluate_split  # noqa: E402
 from ovs3d_nerfstudio.gaussians.plan import plan_views  # noqa: E402
 from ovs3d_nerfstudio.gaussians.shown import view_matrix  # noqa: E402
 from ovs3d_nerfstudio.gaussians.splat_files import read_splat  # noqa: E402
-from ovs3d_nerfstudio.prompts.prompts import read_classes_file, read_prompts_file  # noqa: E402
+from ovs3d_nerfstudio.prompts.prompts import read_prompts_file  # noqa: E402
+from ovs3d_nerfstudio.run_files import open_run  # noqa: E402
 
 AGREES = 0.02
 """A Gaussian is seen in a view where its depth is that of the map, give or take this share."""
@@ -48,9 +49,11 @@ TITLES = (
     "splat",
     "encoder",
     "seconds",
+    "CPU seconds",
     "memory (GB)",
     "mIoU",
     "boundary IoU",
+    "mIoU of the file",
     "Gaussians right",
     "of those with a class",
 )
@@ -91,7 +94,7 @@ def measure(scene: Path, splat: Path, encoder: str, arguments: argparse.Namespac
     if not arguments.blind:
         run(["extract", *words_of_extract(words)])
     seconds, busy, memory = run(["label", splat, *words])
-    prompts = read_classes_file(scene / "segmentations" / "classes.txt")
+    prompts = [entry["prompt"] for entry in json.loads((out / "classes.json").read_text()).values()]
     cells = [
         splat.stem + (", blind" if arguments.blind else ""),
         encoder,

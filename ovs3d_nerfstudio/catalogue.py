@@ -15,11 +15,12 @@ from ovs3d_nerfstudio.data.ways import STAY, back, way_of
 from ovs3d_nerfstudio.files import mask_stem, write_json
 from ovs3d_nerfstudio.gaussians.splat_files import splat_table
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
+from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
 from ovs3d_nerfstudio.objects.points import Found, SceneObject
 from ovs3d_nerfstudio.objects.thumbnails import crops
 from ovs3d_nerfstudio.pictures import write_picture
 from ovs3d_nerfstudio.ply import vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.run import OBJECT_GAP, SMALLEST_OBJECT, FrameName, Run
+from ovs3d_nerfstudio.run import FrameName, Run
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _trainer(
         max_num_iterations=steps,
         steps_per_save=2000,
         steps_per_eval_batch=500,
-        steps_per_eval_image=2000,
+        steps_per_eval_image=min(2000, steps // 3),
         pipeline=OVS3DPipelineConfig(datamanager=datamanager, model=model, **pipeline),
         optimizers=optimizers,
         viewer=ViewerConfig(num_rays_per_chunk=1 << 15),
@@ -82,7 +82,7 @@ def _trainer(
 def _nerf(
     name: str, steps: int, rays_a_step: int, windows: dict[str, int], model: OVS3DModelConfig, **pipeline: Any
 ) -> OVS3DTrainerConfig:
-    """The recipe for rays: `rays_a_step`, and what the variant changes of the windows beside them."""
+    """The recipe for rays: `rays_a_step`, and what the variant changes of the first of them and of the windows beside them."""
     datamanager = OVS3DDataManagerConfig(
         dataparser=NerfstudioDataParserConfig(),
         train_num_rays_per_batch=rays_a_step,
@@ -190,7 +190,7 @@ _lite = _nerf(
     "ovs3d-lite",
     1500,
     1024,
-    {"num_windows": 1, "window_size": 16, "rays_a_token": 2},
+    {"num_windows": 1, "window_size": 16, "rays_a_token": 2, "depth_rays": 256, "depth_steps": 500},
     OVS3DModelConfig(
         eval_num_rays_per_chunk=1 << 13,
         num_levels=12,

@@ -55,6 +55,16 @@ def user_errors() -> Iterator[None]:
         )
 
 
+INTERRUPTED = 130
+"""Exit status of a command that was ended by Ctrl-C, as a shell has it."""
+
+
+def say_stopped(said: str) -> None:
+    """The one line that Ctrl-C leaves."""
+    CONSOLE.quiet = False
+    CONSOLE.print(f"\n{escape(said)}", soft_wrap=True)
+
+
 def reason(error: Exception, lines: int = 1) -> str:
     """The first line or lines of another package's message, cut to stand inside a sentence of ours."""
     given = str(error).strip().splitlines()[:lines] or [type(error).__name__]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ovs3d_nerfstudio.data.rays import OVS3DDataManagerConfig
 from ovs3d_nerfstudio.data.teaching import TeachingConfig
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
+from ovs3d_nerfstudio.encoders.base import encoders
 from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.engine.anomaly import LossGuard
 from ovs3d_nerfstudio.engine.checkpoints import CheckpointError, check_implementation
@@ -43,6 +44,17 @@ warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multid
 # Its successor is not in the torch versions that nerfstudio supports.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
+# Of what other packages do among themselves.
+warnings.filterwarnings(
+    "ignore", message=r"Importing `.*` from `torchmetrics|`torch.jit.script` is deprecated", category=FutureWarning
+)
+warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
+
+WITHOUT_PROMPTS = (
+    "The field learns the features alone, and words can be asked of it afterwards: in the viewer's group Prompts, by --prompts of "
+    "`ovs3d render`, `objects` and `export`, or from Python; the output features_pca shows what it has learned."
+)
+"""What a run without prompts is good for."""
 OF_VIEWS = {"_model.camera_optimizer.pose_adjustment", "_model.field.embedding_appearance.embedding.weight"}
 """Parameters with a row for each training view."""
 SAMPLE_CELLS = 8192
@@ -87,6 +99,8 @@ class OVS3DPipeline(VanillaPipeline):
             if test_mode == "val":
                 check_read(config)
             check_device("--machine.device-type", str(device))
+            if test_mode == "val":
+                encoders(config.image_text_encoder, config.token_encoder, device)  # before the data are read
         config.model.num_scales = len(config.datamanager.scales)
         if _brought(config) is not None:
             config.datamanager.find_seeds = False  # type: ignore[attr-defined]
@@ -98,6 +112,8 @@ class OVS3DPipeline(VanillaPipeline):
             late=torch.device(device).type != "cpu" and bool(grad_scaler and grad_scaler.is_enabled())
         )
         self.chosen_prompts: list[str] = []
+        self.last_miou: float | None = None
+        """Of the held-out view that was last looked at in training."""
         self.run_folder: Path | None = None
         self.optimizers: Optimizers | None = None
         self.prompt_panel = PromptPanel(self.model)
@@ -106,7 +122,9 @@ class OVS3DPipeline(VanillaPipeline):
             if test_mode == "val":
                 data = self.datamanager.config.data
                 self.chosen_prompts, origin = choose_prompts(config.prompts, config.prompts_file, Path(data or "."))
-                CONSOLE.print(escape(origin))
+                CONSOLE.print(
+                    escape(origin if self.chosen_prompts or _brought(config) else f"{origin} {WITHOUT_PROMPTS}")
+                )
                 for remark in self.model.remarks:
                     CONSOLE.print(escape(remark))
             evaluator = self.evaluator = self.model.evaluator = self._evaluator()
@@ -137,6 +155,11 @@ class OVS3DPipeline(VanillaPipeline):
             CONSOLE.print(escape(f"Prompts of what training begins with: {config.prompts}."))
 
     @property
+    def has_masks(self) -> bool:
+        """Whether held-out views have masks that prompts can be compared with."""
+        return self.evaluator is not None and bool(self.chosen_prompts)
+
+    @property
     def model(self) -> SemanticModel:
         return super().model  # type: ignore[return-value]
 
@@ -147,13 +170,13 @@ class OVS3DPipeline(VanillaPipeline):
         Of several ranks the first fits and embeds for all; from then on their gradients are averaged.
         """
         config, segmenter = self.config, self.model.segmenter
-        encoder = image_text_encoder(config.image_text_encoder, self.device)
+        encoder, tokens = encoders(config.image_text_encoder, config.token_encoder, self.device)
         if segmenter.ready and segmenter.fingerprint != encoder.fingerprint:
             raise CommandError(
                 f"The checkpoint was trained with {segmenter.encoder} ({segmenter.fingerprint}), but {config.image_text_encoder} "
                 f"is {encoder.fingerprint}; go on with the encoder of the run, or start a new one."
             )
-        views = self.datamanager.extract_features(encoder, token_encoder(config.token_encoder, self.device))
+        views = self.datamanager.extract_features(encoder, tokens)
         with told_what_to_lower("loading the encoder"):
             text = ranks.from_first(
                 lambda: encoder.embed_text(self.chosen_prompts) if self.chosen_prompts else torch.zeros(0, encoder.dim)
@@ -242,15 +265,19 @@ class OVS3DPipeline(VanillaPipeline):
                 trainer.config.save_config()
         return super().get_training_callbacks(training_callback_attributes)
 
-    def get_train_loss_dict(self, step: int):
+    def ready_to_train(self) -> None:
+        """Makes the features ready where they are not; the random numbers of the training stay what they are."""
         if self.datamanager.teachers is None:
             device = torch.device(self.device)
             with user_errors(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 self.prepare_features()
+
+    def get_train_loss_dict(self, step: int):
+        self.ready_to_train()
         model = self.config.model
         semantics = step >= model.semantics_start
         class_losses = bool(self.chosen_prompts and model.refines and step >= model.fda_start)
-        with single_precision():
+        with user_errors(), single_precision():
             pixels, windows, batch = self.datamanager.next_step(
                 step, semantics, bool(model.patch_loss_mult) or class_losses, bool(model.color_loss_mult)
             )
@@ -264,7 +291,9 @@ class OVS3DPipeline(VanillaPipeline):
     def get_eval_image_metrics_and_images(self, step: int):
         with user_errors(), told_what_to_lower("rendering"):
             metrics, images = super().get_eval_image_metrics_and_images(step)
-        return metrics | self._segmentation_metrics(), images
+        segmentation = self._segmentation_metrics()
+        self.last_miou = segmentation.get("miou", self.last_miou)
+        return metrics | segmentation, images
 
     def get_average_eval_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with user_errors(), told_what_to_lower("rendering"):
@@ -273,7 +302,9 @@ class OVS3DPipeline(VanillaPipeline):
                     f"No photo of {self.datamanager.config.data} is held out, so there is nothing to evaluate; split the data "
                     "otherwise, as with nerfstudio-data --eval-mode interval at the end of the training command."
                 )
-            return super().get_average_eval_image_metrics(*args, **kwargs)
+            metrics = super().get_average_eval_image_metrics(*args, **kwargs)
+        CONSOLE.print(escape(told_figures(metrics)))
+        return metrics
 
     def get_average_image_metrics(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with user_errors(), told_what_to_lower("rendering"):
@@ -289,6 +320,24 @@ class OVS3DPipeline(VanillaPipeline):
         metrics = evaluator.flat_summary()
         evaluator.records.clear()
         return metrics
+
+
+def told_figures(metrics: Mapping[str, Any]) -> str:
+    """What an evaluation found, as lines for people."""
+    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "miou": "mIoU", "mean_accuracy": "mean accuracy"}
+    names |= {"pixel_accuracy": "pixel accuracy", "boundary_iou": "boundary IoU"}
+    units = {"psnr": " dB"}
+    said = [
+        f"{label} {float(metrics[name]):.{2 if name in units else 3}f}{units.get(name, '')}"
+        for name, label in names.items()
+        if name in metrics
+    ]
+    classes = [
+        f"{name.removeprefix('iou_')} {float(value):.3f}"
+        for name, value in metrics.items()
+        if name.startswith("iou_") and not name.endswith("_std")
+    ]
+    return "\n".join([", ".join(said), *(["IoU: " + ", ".join(classes)] if classes else [])])
 
 
 def _brought(config: OVS3DPipelineConfig) -> Path | None:

@@ -26,6 +26,7 @@ from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.fields.compositing import SOMETHING
 from ovs3d_nerfstudio.memory import told_what_to_lower
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
+from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
 from ovs3d_nerfstudio.objects.points import Found, SceneObject, find_objects
 from ovs3d_nerfstudio.objects.samples import Neighbours, Samples, directions_at, gaussians, sample_cloud
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
@@ -49,10 +50,6 @@ STD_RATIO = 10.0
 """Points of a cloud are outliers from so many standard deviations of their distance to their neighbours on."""
 FARTHEST = 10.0
 """Points seen from farther than this many diagonals of the box around the cameras may lie anywhere: they have no texture."""
-OBJECT_GAP = 0.01
-"""Points farther apart than this belong to different objects; a share of the diagonal of the box around the cameras."""
-SMALLEST_OBJECT = 0.05
-"""Least share of a class's points that counts as an object."""
 ORTHONORMAL = 1e-3
 """How far the axes of a pose may be from perpendicular ones of length 1."""
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
 
-from ovs3d_nerfstudio.cli.eval import parse_mapping
+from ovs3d_nerfstudio.cli.comparing import parse_mapping
 from ovs3d_nerfstudio.data.annotations import AnnotationError, Annotations
 from ovs3d_nerfstudio.data.dataparser import read_poses_bounds
 from ovs3d_nerfstudio.data.frames import Frame, FrameError

@@ -137,6 +137,21 @@ def test_the_start_is_said_and_what_the_user_gives_stays(scene, capsys, given, k
 
 def test_a_start_given_whole_needs_no_saying(scene, capsys):
     config = copy.deepcopy(all_methods["ovs3d-lite"].pipeline)
-    config.datamanager.data, config.model.average_init_density, config.model.near_plane = scene, 0.5, 0.1
+    config.datamanager.data, config.model.average_init_density, config.model.near_plane = scene, 0.4, 0.1
     model = config.setup(device="cpu").model
-    assert "Captured" not in capsys.readouterr().out and model.field.average_init_density == 0.5
+    assert "Captured" not in capsys.readouterr().out and model.field.average_init_density == 0.4
+
+
+def test_a_start_far_from_what_fits_the_capture_is_warned_of_with_the_range():
+    capture = capture_of(ring(range(0, 360, 20)))
+    density, near = capture.start()
+    assert capture.warnings(density, near) == [] == capture.warnings(1.4 * density, 1.2 * near)
+    (dense,) = capture.warnings(2.15 * density, near)
+    assert "average-init-density 0.72" in dense and "painted before the lenses" in dense
+    assert f"Give {0.1 * density:.2g} to {1.5 * density:.2g}" in dense
+    (thin,) = capture.warnings(0.01 * density, near)
+    assert "tells no depth" in thin
+    (far,) = capture.warnings(density, 0.6 * capture.distance)
+    assert "near-plane 1.3 is more than half of the way" in far and f"leave it out for {near:.2g}" in far
+    assert capture.warnings(None, None) == []
+    assert capture_of(ring(range(0, 360, 20), outwards=True)).warnings(0.3, 9.0) == []

@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import escape
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from conftest import command
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from ovs3d_nerfstudio.cli.eval import ComparedView, class_index, panel, parse_mapping
+from ovs3d_nerfstudio import __version__
+from ovs3d_nerfstudio.cli.comparing import ComparedView, class_index, panel, parse_mapping
 from ovs3d_nerfstudio.cli.labels import read_labels, write_labels
 from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.errors import CommandError
@@ -58,6 +60,9 @@ def test_eval_equals_scikit_learn_in_both_protocols(trained, scene, tmp_path):
     printed = command(*words, cwd=tmp_path).stdout
     figures = json.loads((tmp_path / "m.json").read_text())
     assert "mIoU" in printed and len(figures["views"]) == 3 + 4
+    report = (tmp_path / "m" / "report.html").read_text()
+    assert figures["scene"] == str(scene) and figures["run"] == str(trained[0]) and figures["version"] == __version__
+    assert all(escape(text) in report for text in (str(scene), str(trained[0]), __version__, *figures["prompts"]))
     assert {view["split"] for view in figures["views"].values()} == {"test", "train"}
     annotations = Annotations(scene)
     means = []

@@ -4,27 +4,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from conftest import command
 from PIL import Image
 
-from ovs3d_nerfstudio.cli.preview import hints, win_shares
 from ovs3d_nerfstudio.cli.sheet import CELL_HEIGHT, PreviewedView, contact_sheet, relevancy
 from ovs3d_nerfstudio.prompts.palette import palette
-
-
-def test_hints_name_what_never_wins_and_what_is_the_same():
-    torch.manual_seed(0)
-    wall, lamp = torch.randn(1000), torch.randn(1000)
-    similarities = torch.stack([wall, lamp, lamp + 0.1 * torch.randn(1000), wall * 0.5 - 5], -1)
-    never, wall_twin, lamp_twin = hints(["wall", "lamp", "light", "boat"], similarities, win_shares(similarities))
-    assert "'boat' wins almost nowhere" in never and "'wall' fits better" in never
-    assert "'wall' and 'boat'" in wall_twin and "'lamp' and 'light'" in lamp_twin
-    assert hints(["wall", "lamp"], similarities[:, :2], win_shares(similarities[:, :2])) == []
-
-
-def test_one_prompt_alone_needs_no_hint():
-    assert hints(["cat"], torch.randn(50, 1), torch.ones(1)) == []
 
 
 def test_relevancy_fills_the_range_of_each_prompt():

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
-from nerfstudio.cameras.cameras import CameraType
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from PIL import Image
 
+from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.labels import LabelFolder, read_labels
 from ovs3d_nerfstudio.cli.poses import poses_of
-from ovs3d_nerfstudio.cli.render import RenderCameraPath, crop_in_model, crop_of
+from ovs3d_nerfstudio.cli.render import RenderCameraPath, WholeVideo, crop_in_model, crop_of
 from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.errors import CommandError
@@ -82,6 +83,33 @@ def test_what_is_no_crop_box_is_said_before_rendering(tmp_path, key, value):
         asked.main()
 
 
+def looking_at_the_origin(azimuths: np.ndarray, heights: np.ndarray) -> Cameras:
+    """Cameras 2 units from a vertical axis, at these azimuths in degrees."""
+    angle = np.radians(azimuths)
+    origins = np.stack([2 * np.sin(angle), -2 * np.cos(angle), heights], -1)
+    back = origins / np.linalg.norm(origins, axis=-1, keepdims=True)
+    right = np.stack([np.cos(angle), np.sin(angle), 0 * angle], -1)
+    poses = np.stack([right, np.cross(back, right), back, origins], -1)
+    return Cameras(torch.from_numpy(poses).float(), 100.0, 100.0, 40.0, 30.0, 80, 60)
+
+
+@pytest.mark.parametrize(("span", "closed"), [(345, True), (100, False)], ids=["all around", "from the front"])
+def test_the_way_around_a_scene_is_smooth_and_sees_all_of_it(span, closed):
+    rng = np.random.default_rng(0)
+    photos = looking_at_the_origin(rng.permutation(np.linspace(0, span, 24)), rng.choice([0.5, 1.5], 24))
+    way = around(photos, 96)
+    poses = way.camera_to_worlds.numpy()
+    assert len(way) == 96 and (int(way.width[0]), int(way.height[0])) == (80, 60)
+    azimuths = np.degrees(np.unwrap(np.arctan2(poses[:, 0, 3], -poses[:, 1, 3])))
+    assert abs(np.ptp(azimuths)) > 0.85 * span
+    step = np.linalg.norm(np.diff(poses[..., 3], axis=0), axis=-1)
+    assert step.max() < 3 * np.median(step)
+    to_origin = -poses[..., 3] / np.linalg.norm(poses[..., 3], axis=-1, keepdims=True)
+    assert ((-poses[..., 2] * to_origin).sum(-1) > 0.95).all()
+    assert np.allclose(np.linalg.det(poses[:, :, :3]), 1, atol=1e-4)
+    assert (np.linalg.norm(poses[0, :, 3] - poses[-1, :, 3]) < 3 * np.median(step)) == closed
+
+
 def test_poses_of_a_transforms_json_are_rendered_through_their_lenses():
     frames = [{"transform_matrix": np.eye(4).tolist(), "w": 4 + i, "k1": 0.1 * i} for i in range(3)]
     shared = {"fl_x": 50, "fl_y": 60, "cx": 2, "cy": 1.5, "h": 3, "camera_model": "OPENCV_FISHEYE"}
@@ -124,6 +152,20 @@ def test_a_pose_of_the_data_is_rendered_as_its_photo(trained, scene, tmp_path, o
     one = np.asarray(Image.open(tmp_path / "poses" / "00000.png")).astype(int)
     other = np.asarray(Image.open(tmp_path / "all" / "test" / "rgb" / "test_01.png")).astype(int)
     assert np.abs(one - other).max() <= 2
+
+
+def test_a_video_that_is_interrupted_leaves_nothing_and_a_whole_one_has_its_name(tmp_path):
+    def write(interrupted: bool) -> None:
+        with WholeVideo(tmp_path / "v.mp4", shape=(36, 48), fps=5) as video:
+            video.add_image(np.zeros((36, 48, 3), np.uint8))
+            if interrupted:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(True)
+    assert not list(tmp_path.iterdir())
+    write(False)
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
 
 
 @pytest.mark.slow

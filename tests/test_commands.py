@@ -55,7 +55,8 @@ def test_the_bare_environment_really_lacks_the_encoders(bare, tmp_path):
 
 def test_ns_eval_reports_segmentation_beside_psnr(bare, tmp_path):
     config, env = bare
-    command("ns-eval", "--load-config", config, "--output-path", tmp_path / "m.json", cwd=tmp_path, env=env)
+    done = command("ns-eval", "--load-config", config, "--output-path", tmp_path / "m.json", cwd=tmp_path, env=env)
+    assert "PSNR" in done.stdout and "mIoU" in done.stdout and "IoU: " in done.stdout
     results = json.loads((tmp_path / "m.json").read_text())["results"]
     assert {"psnr", "ssim", "miou", "pixel_accuracy", "mean_accuracy", "boundary_iou"} <= set(results)
     assert "lpips" not in results and 0 <= results["miou"] <= 1

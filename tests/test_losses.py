@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows
 from ovs3d_nerfstudio.losses import color, paper, patches
+from ovs3d_nerfstudio.losses.depth import depth_loss
 
 
 def distributions(*shape, seed=0):
@@ -182,3 +183,24 @@ def test_color_loss_lets_classes_change_where_colors_do_and_nowhere_else():
     edge, plain = labels[None, :, None].expand(1, 16, 3).float(), torch.zeros(1, 16, 3)
     assert color.color_loss(log_p, edge, 0.05) < 1e-6 < 0.1 < color.color_loss(log_p, plain, 0.05)
     assert color.color_loss(log_p[:, :1], plain[:, :1], 0.05) == 0  # a single ray has no neighbour
+
+
+def test_the_depth_loss_is_the_weight_that_lies_elsewhere():
+    edges = torch.rand(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(-1)
+    weights = distributions(5, 8).exp() * 0.9  # a tenth of each ray goes on
+    distances = edges[:, 0] + torch.rand(5, generator=torch.Generator().manual_seed(1)) * (edges[:, -1] - edges[:, 0])
+    elsewhere = []
+    for ray, along, distance in zip(weights.tolist(), edges.tolist(), distances.tolist(), strict=True):
+        samples = zip(ray, along[:-1], along[1:], strict=True)
+        there = sum(w for w, start, end in samples if start <= 1.05 * distance and end >= 0.95 * distance)
+        elsewhere.append(1 - there)
+    loss = depth_loss(weights, edges[:, :-1], edges[:, 1:], distances, tolerance=0.05)
+    assert loss.item() == pytest.approx(sum(elsewhere) / 5) and 0.1 < loss.item() < 1
+
+
+def test_no_ray_pulls_harder_than_others_in_the_depth_loss():
+    """A wrong distance must not outweigh many right ones."""
+    weights = torch.tensor([[0.999, 0.001], [0.001, 0.999]], requires_grad=True)
+    edges = torch.tensor([[0.0, 1, 2]]).expand(2, -1)
+    depth_loss(weights, edges[:, :-1], edges[:, 1:], torch.tensor([0.5, 0.5])).backward()
+    assert weights.grad.tolist() == [[-0.5, 0], [-0.5, 0]]

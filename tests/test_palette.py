@@ -74,6 +74,15 @@ def test_adding_prompts_behind_recolours_none_and_all_colours_differ(trained, pr
     assert len(np.unique(after, axis=0)) == len(after)
 
 
+def test_new_prompts_are_told_apart_from_all_colours_in_use_at_a_glance():
+    color = pytest.importorskip("skimage.color")
+    trained = [f"class {i}" for i in range(7)]
+    for new in (["placemat", "zebra"], ["dog", "tea", "sky", "grass"], ["cup"]):
+        lab = color.rgb2lab(colors_for([*trained, *new], trained)[None].astype(float))[0]
+        apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e3 * np.eye(len(lab))
+        assert apart[7:].min() > 30, new
+
+
 def test_the_colour_of_a_new_prompt_depends_on_its_text_not_on_its_place_or_case():
     trained = ["grass", "sheep"]
     alone = colors_for(["lamp"], trained)[0]

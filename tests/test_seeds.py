@@ -1,4 +1,4 @@
-"""Gaussians begin on what the photos show, in the training frame, whatever the cameras; and the log says why they begin there."""
+"""Geometry begins on what the photos show, in the training frame, whatever the cameras; and the log says why it begins there."""
 
 import io
 import json
@@ -16,6 +16,7 @@ from test_data import NAMES, SOLIDS, Lens, classes_of, write_scene
 
 from ovs3d_nerfstudio.data import seeds as module
 from ovs3d_nerfstudio.data.seeds import FEWEST, RANDOM, Seeds, SeedsError, seed_points
+from ovs3d_nerfstudio.data.sightings import find_sightings
 from ovs3d_nerfstudio.demo.raycast import Camera, _first_hits
 from ovs3d_nerfstudio.demo.scene import train_cameras
 
@@ -126,6 +127,42 @@ def test_all_things_get_points_with_their_colours(scenes, cache):
     assert seen.sum() > 3000 and off < 15
 
 
+def sightings_in(outputs, cache: Path):
+    """The sightings, and what was printed."""
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    photos, masks = outputs.image_filenames, outputs.mask_filenames
+    return find_sightings(photos, masks, outputs.cameras, cache, console, "cpu"), printed.getvalue()
+
+
+@pytest.mark.parametrize("lens", [None, "OPENCV", "OPENCV_FISHEYE"])
+def test_rays_end_where_the_photos_meet_the_scene(scenes, cache, lens):
+    outputs = parsed(scenes(lens))
+    sightings, printed = sightings_in(outputs, cache)
+    assert f"where {len(sightings):,} rays end" in printed
+    view, y, x = sightings.pixels.unbind(-1)
+    assert set(view.tolist()) == set(range(len(outputs.cameras)))
+    # nerfstudio's rays of these pixels.
+    rays = outputs.cameras.generate_rays(view[:, None], coords=torch.stack([y, x], -1) + 0.5)
+    origins, ends = rays.origins, rays.origins + sightings.distances[:, None] * rays.directions
+    origins, ends = (to_data(outputs, points.numpy()) for points in (origins, ends))
+    _, met = _first_hits(SOLIDS, origins.T.astype(np.float32), (ends - origins).T.astype(np.float32))
+    # Nothing stands before, and something is there.
+    assert (np.abs(met - 1) < 0.02).mean() > 0.9
+    photos = [np.asarray(Image.open(path))[..., :3] for path in outputs.image_filenames]
+    seen = np.stack([photos[i][row, column] for i, row, column in sightings.pixels.tolist()])
+    assert np.abs(255 * sightings.colors.numpy() - seen).mean() < 15
+
+
+def test_what_is_drawn_stays_together(scenes, cache):
+    sightings, _ = sightings_in(parsed(scenes()), cache)
+    drawn = sightings.draw(1000)
+    rows = [
+        [*map(tuple, torch.cat([s.pixels, s.distances[:, None], s.colors], -1).tolist())] for s in (sightings, drawn)
+    ]
+    assert len(drawn) == len(rows[1]) == 1000 and set(rows[1]) <= set(rows[0]) and len(set(rows[1])) > 900
+
+
 def test_points_of_the_data_are_used_as_they_are(scenes, tmp_path):
     scene = scenes()
     points = np.random.default_rng(0).normal(size=(40, 3))
@@ -175,6 +212,17 @@ def test_plain_photos_begin_at_random_where_cameras_look_and_say_so(scenes, tmp_
     views = [module.read_view(path, None, outputs.cameras, i) for i, path in enumerate(outputs.image_filenames)]
     seen = np.sum([view.inside(view.project(seeds.positions.astype(float))[0]) for view in views], 0)
     assert np.median(seen) >= 0.8 * len(views) and seen.min() >= 2
+
+
+def test_nerfs_begin_without_points_where_few_are_found_and_say_so(scenes, tmp_path):
+    outputs = parsed(scenes())
+    outputs.image_filenames = outputs.image_filenames[:1] * 3
+    outputs.cameras = outputs.cameras[torch.zeros(3, dtype=torch.long)]
+    sightings, printed = sightings_in(outputs, tmp_path)
+    assert sightings is None and "Only 0 points were found in the photos" in printed
+    outputs.cameras.camera_type = torch.full_like(outputs.cameras.camera_type, CameraType.EQUIRECTANGULAR.value)
+    sightings, printed = sightings_in(outputs, tmp_path)
+    assert sightings is None and "no pinhole's or fisheye's" in printed
 
 
 @pytest.mark.parametrize("count", [1, 3])

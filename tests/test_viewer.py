@@ -5,9 +5,12 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
+import viser.transforms as vtf
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
@@ -18,13 +21,12 @@ from test_training import data, pipeline, train  # noqa: F401 (fixtures)
 from ovs3d_nerfstudio.cli.common import ask
 from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.encoders.base import EncoderError
-from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question, packed
 from ovs3d_nerfstudio.prompts.likes import read_likes
 from ovs3d_nerfstudio.prompts.prompts import PromptError
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter
 from ovs3d_nerfstudio.run import Run
-from ovs3d_nerfstudio.viewer.live import FeatureCache, LiveModel, LivePrompts
-from ovs3d_nerfstudio.viewer.panel import described, keep_steps, legend
+from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
+from ovs3d_nerfstudio.viewer.panel import at_a_photo, described, keep_steps
 from ovs3d_nerfstudio.viewer.things import Things
 
 
@@ -48,52 +50,6 @@ def live(seen) -> tuple[LivePrompts, LiveModel]:
     return prompts, LiveModel(prompts, threading.Lock())
 
 
-def plain_question(prompts: int = 3, negatives: int = 2, **answering) -> Question:
-    torch.manual_seed(0)
-    segmenter = Segmenter()
-    unit = torch.nn.functional.normalize
-    basis = torch.linalg.qr(torch.randn(8, 5)).Q
-    words = [f"word {i}" for i in range(prompts)]
-    segmenter.configure(words, unit(torch.randn(prompts, 8), dim=-1), basis, torch.randn(50, 5), "none", "none")
-    return Question(segmenter, Answering(**answering), unit(torch.randn(negatives, 8), dim=-1))
-
-
-def test_a_prompt_is_weighed_against_each_negative_by_itself():
-    question = plain_question(mode="threshold", temperature=0.7)
-    directions = torch.nn.functional.normalize(torch.randn(40, 5), dim=-1)
-    z, other = directions @ question.text, directions @ question.others
-    pairs = torch.stack([z[:, :, None].expand(-1, -1, 2), other[:, None].expand(-1, 3, -1)], -1)
-    slow = (pairs / question.temperature).softmax(-1)[..., 0].amin(-1)
-    assert torch.allclose(question.probabilities(directions), slow, atol=1e-6)
-    labels = question.labels(directions)
-    assert {-1, 0, 1, 2} >= set(labels.tolist()) and (labels == -1).any() and (labels >= 0).any()
-    assert torch.equal(labels >= 0, slow.amax(-1) >= 0.5)
-
-
-def test_what_belongs_to_no_prompt_keeps_its_colour_in_the_overlay():
-    question = plain_question(mode="threshold", opacity=1.0)
-    directions = torch.nn.functional.normalize(torch.randn(6, 4, 5), dim=-1)
-    answers = Answers(question, directions, torch.rand(6, 4, 3), torch.rand(6, 4, 3))
-    none = answers.labels < 0
-    assert torch.equal(answers["segmentation_overlay"][none], answers.rgb[none])
-    assert (answers["segmentation"][none] == 0).all() and answers["segmentation"].shape == (6, 4, 3)
-
-
-@pytest.mark.parametrize("mode", ["argmax", "threshold"])
-@pytest.mark.parametrize("pack", [False, True])
-def test_where_there_is_nothing_there_is_no_class(mode, pack):
-    question = plain_question(mode=mode, threshold=0.0, opacity=1.0)
-    directions = torch.nn.functional.normalize(torch.randn(6, 4, 5), dim=-1)
-    directions[2:5, 1] = 0
-    nothing = (directions == 0).all(-1)
-    answers = Answers(question, packed(directions) if pack else directions, torch.rand(6, 4, 3), torch.rand(6, 4, 3))
-    assert torch.equal(answers.labels < 0, nothing)
-    for name in ("segmentation", "segmentation_overlay", "features_pca"):
-        assert torch.equal((answers[name] == answers.rgb).all(-1), nothing), name
-    assert all((answers[name][nothing] == 0).all() for name in question.names)
-    assert all(answers[name].isfinite().all() for name in answers)
-
-
 def test_outside_a_crop_box_everything_is_background(seen, live):
     trained, camera = seen
     model, live_model = trained.model, live[1]
@@ -112,15 +68,6 @@ def test_outside_a_crop_box_everything_is_background(seen, live):
     for name in ("scale", "relevancy_a_cat"):
         assert not outputs[name][nothing].any() and not looked[name][nothing].any()
     assert sum(looked.shares()) == pytest.approx(1 - float(nothing.float().mean()), abs=1e-4)
-
-
-def test_probabilities_of_the_argmax_are_those_of_a_softmax_and_may_be_shown():
-    question = plain_question(normalise=False, temperature=2.0)
-    directions = torch.nn.functional.normalize(torch.randn(9, 5), dim=-1)
-    answers = Answers(question, directions, torch.rand(9, 2), torch.rand(9, 3))
-    shown = torch.cat([answers[name] for name in question.names], -1)
-    assert torch.allclose(shown, (directions @ question.text / question.temperature).softmax(-1))
-    assert torch.equal(shown.argmax(-1), answers.labels)
 
 
 def test_the_trained_prompts_look_in_the_viewer_as_everywhere_else(seen, live):
@@ -361,25 +308,6 @@ def test_a_click_is_on_an_object_of_the_data(seen, live):
     )
 
 
-def test_features_that_outgrow_their_room_are_let_go_the_oldest_first():
-    cache, made = FeatureCache(kept_bytes=100), []
-    render = lambda: made.append(1) or {"directions": torch.zeros(10)}  # noqa: E731
-    for view in ("a", "b", "c"):
-        cache.get("weights", view, render)
-    assert len(made) == 3
-    cache.get("weights", "c", render), cache.get("weights", "b", render)
-    assert len(made) == 3
-    cache.get("weights", "a", render)
-    assert len(made) == 4
-
-
-def test_prompts_in_the_legend_are_never_code():
-    hostile = ["{1+1}", '"}<img src=x onerror=alert(1)>', "![a](/etc/passwd)", "`x`", "a | b", "🦔 שלום\\"]
-    text = legend(hostile, [[0, 0.5, 1]] * len(hostile), [0.1] * len(hostile))
-    assert text.isascii() and "![" not in text and "onerror" in text and "<img" not in text and "`" not in text
-    assert "#0080ff" in text and text.count("<tr>") == 7
-
-
 @pytest.fixture
 def viewer(seen, tmp_path):
     trained, _ = seen
@@ -423,6 +351,11 @@ def test_the_panel_says_what_it_did_or_why_not(seen, viewer):
     panel._mode.value, panel._negatives.value = "threshold per prompt", "a " * 100
     panel._settle()
     assert panel.live.answering.mode == "threshold"
+    panel._mode.value, panel._text.value, panel._negatives.value = "argmax over prompts", "lamp", "object"
+    panel._settle()
+    panel._point.content = "an answer"
+    panel._apply()
+    assert "threshold per prompt" in said() and "Click" in panel._point.content
     panel._reset()
     assert panel.live.asked == ["a cat", "a rocket", "books"] == panel._text.value.split("; ")
     panel._on_view(viewer.get_model().get_outputs_for_camera(seen[1]))
@@ -460,6 +393,16 @@ def test_more_like_what_was_clicked_is_kept_for_other_commands_and_the_next_view
     path.write_text("{}")
     panel._read_likes()
     assert "no file of likes" in panel._told
+
+
+def test_a_page_opens_where_a_photo_was_taken(seen, viewer):
+    client = MagicMock()
+    at_a_photo(client, viewer.pipeline)
+    camera = viewer.pipeline.datamanager.train_dataset.cameras[4]
+    assert np.allclose(client.camera.position, camera.camera_to_worlds[:, 3] * 10)
+    looked = vtf.SO3(np.asarray(client.camera.wxyz)).as_matrix() @ [0, 0, 1]
+    assert np.allclose(looked, -camera.camera_to_worlds[:, 2], atol=1e-5)
+    assert np.isclose(np.tan(client.camera.fov / 2) * float(camera.fy) * 2, float(camera.height))
 
 
 def test_a_run_opens_for_looking_when_its_photos_are_gone(seen, tmp_path, capsys):

@@ -6,18 +6,19 @@ for another's.
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from inspect import cleandoc
 
-import tyro
-
 from ovs3d_nerfstudio import __version__
 
 SUBCOMMANDS = {
     "demo": "Make the demo scene, train on it, evaluate: what `make demo` runs.",
+    "doctor": "Look at this machine, a scene or a run: what will go wrong, and what to do about it.",
     "extract": "Extract the features of a scene into its cache, without training.",
     "preview": "Show what the prompts are relevant to, before any training, and how to better them.",
     "label": "Label the Gaussians of a splat that exists, by photos of the same scene and prompts.",
@@ -38,10 +39,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not words or words[0] not in SUBCOMMANDS:
         _explain(words)
         return
+    try:
+        _run(words)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("ovs3d_nerfstudio"):
+            raise
+        print(
+            f"Error: the package '{error.name}' is not installed here; run: pip install 'ovs3d-nerfstudio[demo]', which brings "
+            "all that any subcommand needs.",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def _run(words: Sequence[str]) -> None:
+    # Of other packages; what concerns a user is printed, not warned of.
+    warnings.filterwarnings("ignore")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    import tyro  # comes with nerfstudio
+
     module = import_module(f"ovs3d_nerfstudio.cli.{words[0]}")
     # Where a subcommand has subcommands of its own, its `Command` is a union, and the module says what they are.
     purpose = cleandoc((module.Command if isinstance(module.Command, type) else module).__doc__ or "")
-    command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=words[1:], description=purpose)
+    own, of_dataparser = list(words[1:]), []
+    if hasattr(module, "split_words"):
+        own, of_dataparser = module.split_words(own)
+    command = tyro.cli(module.Command, prog=f"ovs3d {words[0]}", args=own, description=purpose)
+    if of_dataparser:
+        command.dataparser = tuple(of_dataparser)
     # Imported here: `--help` needs none of it.
     from ovs3d_nerfstudio.errors import user_errors
     from ovs3d_nerfstudio.memory import told_what_to_lower

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovs3d_nerfstudio.demo.run import run_demo
 from ovs3d_nerfstudio.errors import CommandError
 
 
@@ -23,6 +22,8 @@ class Command:
 
     def main(self) -> None:
         """Raises DemoError when the scene cannot be made, CommandError for a number of steps below 1."""
+        from ovs3d_nerfstudio.demo.run import run_demo
+
         if self.steps is not None and self.steps < 1:
             raise CommandError(f"--steps {self.steps} is no number of training steps; give 1 or more, or leave it out.")
         run_demo(self.folder, self.steps, self.video)

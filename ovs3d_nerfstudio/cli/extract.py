@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from nerfstudio.utils.rich_utils import CONSOLE
+from ovs3d_nerfstudio.cli.scenes import SceneOptions, split_words
 
-from ovs3d_nerfstudio.cli.scenes import SceneOptions
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
-from ovs3d_nerfstudio.engine.option_checks import check_device
-from ovs3d_nerfstudio.features.extraction import extract
+__all__ = ["Command", "split_words"]
 
 
 @dataclass
@@ -24,15 +20,22 @@ class Command(SceneOptions):
 
     def main(self) -> None:
         """Raises CommandError, OptionError, SceneError, EncoderError, PictureError and CacheError."""
+        import torch
+        from nerfstudio.utils.rich_utils import CONSOLE
+
+        from ovs3d_nerfstudio.encoders.base import encoders
+        from ovs3d_nerfstudio.engine.option_checks import check_device
+        from ovs3d_nerfstudio.features.extraction import extract
+
         config = self.resolved()
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device("--device", device)
         cache = config.datamanager.feature_cache_dir
         assert cache is not None, "resolved() names one"
+        pictures = self.training_pictures()
         extract(
-            self.training_pictures(),
-            image_text_encoder(config.image_text_encoder, device),
-            token_encoder(config.token_encoder, device),
+            pictures,
+            *encoders(config.image_text_encoder, config.token_encoder, device),
             config.datamanager.scales,
             cache,
             CONSOLE,

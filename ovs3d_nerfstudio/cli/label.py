@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ovs3d_nerfstudio.catalogue import write_catalogue
 from ovs3d_nerfstudio.cli.labels import ids
-from ovs3d_nerfstudio.cli.objects import show_catalogue
+from ovs3d_nerfstudio.cli.listed import show_catalogue
 from ovs3d_nerfstudio.cli.own_views import write_own_views
-from ovs3d_nerfstudio.cli.scenes import SceneOptions
+from ovs3d_nerfstudio.cli.scenes import SceneOptions, split_words
 from ovs3d_nerfstudio.configs import semantics_alone
 from ovs3d_nerfstudio.engine.checkpoints import checkpoint_path
 from ovs3d_nerfstudio.engine.option_checks import SHARE, SIZE, OptionError, Range, check_fields
@@ -38,6 +38,8 @@ from ovs3d_nerfstudio.ply import with_labels, write_ply
 from ovs3d_nerfstudio.prompts.palette import save_legend
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts, given_prompts
 from ovs3d_nerfstudio.run import Run
+
+__all__ = ["Command", "split_words"]
 
 STEPS = {"ovs3d-splat": 3000, "ovs3d-splat-lite": 800}
 """Steps of semantics by the method; a plugin's has as many as on a GPU."""
@@ -111,7 +113,7 @@ class Command(SceneOptions):
         config.logging.local_writer.enable = False
         config.steps_per_eval_batch = config.steps_per_eval_image = config.steps_per_eval_all_images = 0
         pipeline.prompts, pipeline.prompts_file = self.prompts, self.prompts_file
-        pipeline.datamanager.data, pipeline.datamanager.dataparser = self.data, self.dataparser  # type: ignore[attr-defined]
+        pipeline.datamanager.data, pipeline.datamanager.dataparser = self.data, self.parser()  # type: ignore[attr-defined]
         pipeline.model.init_from = self.splat.resolve()
         semantics_alone(config, self.steps or STEPS.get(self.method, STEPS["ovs3d-splat"]))
         return config

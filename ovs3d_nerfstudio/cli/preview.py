@@ -1,32 +1,14 @@
-"""`ovs3d preview`: what an encoder makes of some prompts on a few views, before any training."""
+"""`ovs3d preview`: what an encoder makes of some prompts on a few views, before any training. Its options; what it does is in
+`previewing`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.markup import escape
-from torch import Tensor
+from ovs3d_nerfstudio.cli.scenes import SceneOptions, split_words
 
-from ovs3d_nerfstudio.cli.scenes import SceneOptions
-from ovs3d_nerfstudio.cli.sheet import PreviewedView, contact_sheet
-from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
-from ovs3d_nerfstudio.engine.option_checks import check_device, check_file
-from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.features.basis import scale_cells
-from ovs3d_nerfstudio.features.extraction import CachedViews, extract
-from ovs3d_nerfstudio.files import write_json
-from ovs3d_nerfstudio.pictures import read_picture, view_names, write_picture
-from ovs3d_nerfstudio.prompts.palette import palette
-from ovs3d_nerfstudio.prompts.prompts import choose_prompts
-from ovs3d_nerfstudio.prompts.segmentation import alike, chosen_scores, percentiles, stretched, told_scores
-
-NEVER = 0.005
-"""A prompt that wins less than this share of the pictures is said never to win."""
+__all__ = ["Command", "split_words"]
 
 
 @dataclass
@@ -43,92 +25,11 @@ class Command(SceneOptions):
     """How many training views to show, spread evenly over the scene."""
     output_path: Path = Path("preview.png")
     """The contact sheet; a JSON of the same name has the shares that the prompts win and the hints."""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """Where to embed."""
+    device: str | None = None
+    """Where to embed: cuda, cpu…; default: a GPU where there is one."""
 
     def main(self) -> None:
-        """Raises CommandError, OptionError, SceneError, PromptError, EncoderError, PictureError and CacheError."""
-        if self.views < 1:
-            raise CommandError(f"--views {self.views} shows nothing; give 1 or more.")
-        check_device("--device", self.device)
-        check_file("--output-path", self.output_path)
-        config = self.resolved()
-        pictures = self.training_pictures()
-        prompts, origin = choose_prompts(self.prompts, self.prompts_file, self.data)
-        if not prompts:
-            raise CommandError(f"{origin} Say what to look for with --prompts.")
-        CONSOLE.print(escape(origin))
-        chosen = np.unique(np.linspace(0, len(pictures) - 1, min(self.views, len(pictures))).round().astype(int))
-        paths, names = [pictures[i] for i in chosen], view_names(pictures)
-        encoder = image_text_encoder(config.image_text_encoder, self.device)
-        tokens = token_encoder(config.token_encoder, self.device)
-        cache = config.datamanager.feature_cache_dir
-        assert cache is not None, "resolved() names one"
-        settings = config.datamanager
-        views = extract(paths, encoder, tokens, settings.scales, cache, CONSOLE, settings.clip_features)
-        text = encoder.embed_text(prompts).float()
-        similarities = [similarity_maps(views, view, text) for view in range(len(paths))]
-        flat = torch.cat([scale.flatten(0, 1) for view in similarities for scale in view])
-        ranges = percentiles(flat[:: 1 + len(flat) // 20000])
-        scores = chosen_scores(config.model.class_scores, ranges)
-        if scores == "relevancy":
-            flat = stretched(flat, *ranges)
-            similarities = [[stretched(scale, *ranges) for scale in view] for view in similarities]
-        shares = win_shares(flat)
-        advice = hints(prompts, flat, shares)
-        if config.model.class_scores == "auto" and scores == "relevancy":
-            advice.append(told_scores(prompts, ranges))
-        for hint in advice:
-            CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
-        shown = [
-            PreviewedView(names[path], read_picture(path).numpy(), [scale.numpy() for scale in maps])
-            for path, maps in zip(paths, similarities, strict=True)
-        ]
-        sheet = contact_sheet(shown, prompts, palette(len(prompts)), config.datamanager.scales, shares.numpy())
-        write_picture(self.output_path.with_suffix(".png"), sheet)
-        summary = {
-            "encoder": config.image_text_encoder,
-            "views": [names[path] for path in paths],
-            "shares": dict(zip(prompts, map(float, shares), strict=True)),
-            "hints": advice,
-        }
-        write_json(self.output_path.with_suffix(".json"), summary)
-        CONSOLE.print(f"Contact sheet: {escape(str(self.output_path.with_suffix('.png')))}")
+        """See `previewing.preview`."""
+        from ovs3d_nerfstudio.cli.previewing import preview
 
-
-def similarity_maps(views: CachedViews, view: int, text: Float[Tensor, "C D"]) -> list[Float[Tensor, "rows cols C"]]:
-    """Cosine of each cell of a view with each prompt, one map a scale."""
-    grids = views.grids(view)
-    return [
-        (cells @ text.T).view(grid.rows, grid.cols, -1)
-        for grid, cells in zip(grids, scale_cells(views, view), strict=True)
-    ]
-
-
-def win_shares(similarities: Float[Tensor, "n C"]) -> Float[Tensor, " C"]:
-    """The share of cells that each prompt wins."""
-    return torch.bincount(similarities.argmax(-1), minlength=similarities.shape[1]) / len(similarities)
-
-
-def hints(prompts: list[str], similarities: Float[Tensor, "n C"], shares: Float[Tensor, " C"]) -> list[str]:
-    """Sentences about prompts that never win and pairs that are the same to the encoder.
-
-    `similarities` are those of the cells of all views and scales, `shares` what each prompt wins of them.
-    """
-    said = []
-    for i, prompt in enumerate(prompts):
-        if shares[i] >= NEVER:
-            continue
-        strongest = similarities[:, i].topk(max(1, len(similarities) // 50)).indices
-        rival = int(win_shares(similarities[strongest]).argmax())
-        place = f"; where it fits best, '{prompts[rival]}' fits better" if rival != i else ""
-        said.append(
-            f"'{prompt}' wins almost nowhere ({shares[i]:.1%}){place}. Say what is seen (colour, material), show a view of "
-            "it, or drop it."
-        )
-    for i, j, correlation in alike(similarities):
-        said.append(
-            f"'{prompts[i]}' and '{prompts[j]}' are nearly the same to the encoder (correlation {correlation:.2f}): "
-            "they would share their object between them. Keep one."
-        )
-    return said
+        preview(self, self.prompts, self.prompts_file, self.views, self.output_path, self.device)

@@ -5,6 +5,8 @@ a ray hits nothing; labels.json says what an id means) and one mask a class in t
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -13,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, Union
 from unittest import mock
 
+import mediapy as media
 import numpy as np
 import torch
 import tyro
@@ -23,6 +26,7 @@ from nerfstudio.scripts.render import get_crop_from_json
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
+from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.common import ShownOptions, ask
 from ovs3d_nerfstudio.cli.labels import LabelFolder
 from ovs3d_nerfstudio.cli.poses import in_model, is_transforms, poses_of
@@ -47,6 +51,26 @@ RANGES = {
 """What options of nerfstudio's may be, where its render classes have them."""
 
 
+class WholeVideo(media.VideoWriter):
+    """Written beside and renamed, so that what has the name of a video is a whole one."""
+
+    def __init__(self, path: Path, *arguments: Any, **options: Any):
+        self.whole = Path(path)
+        super().__init__(self.whole.with_name(f".{secrets.token_hex(4)}.{self.whole.name}"), *arguments, **options)
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        beside = Path(self.path)
+        try:
+            super().__exit__(kind, *error)
+            if kind is None and beside.exists():
+                os.replace(beside, self.whole)
+        except (RuntimeError, OSError):  # ffmpeg was stopped by the same Ctrl-C
+            if kind is None:
+                raise
+        finally:
+            beside.unlink(missing_ok=True)
+
+
 @dataclass
 class _Asking(ShownOptions):
     """What is added to each of nerfstudio's render classes, which stands behind it in the order of bases."""
@@ -67,7 +91,7 @@ class _Asking(ShownOptions):
     def main(self) -> None:
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
         check_fields("--", self, {name: allowed for name, allowed in RANGES.items() if hasattr(self, name)})
-        with mock.patch.object(render, "eval_setup", self._setup):
+        with mock.patch.object(render, "eval_setup", self._setup), mock.patch.object(media, "VideoWriter", WholeVideo):
             super().main()  # type: ignore[misc]
 
     def held_out(self) -> bool:
@@ -222,7 +246,33 @@ def crop_in_model(crop: render.CropData, frame: Frame) -> render.CropData:
 
 @dataclass
 class RenderInterpolated(_Asking, render.RenderInterpolated):
-    """Render a path from photo to photo."""
+    """Render a way around the scene, or from photo to photo."""
+
+    pose_source: Literal["around", "train", "eval"] = "around"  # type: ignore[assignment]
+    """around: one smooth way among all training photos, for `seconds`; train, eval: from photo to photo of the training, or of
+    those held out."""
+    seconds: float = 8.0
+    """Length of the video of a way around the scene; from photo to photo, `interpolation_steps` say it."""
+    interpolation_steps: int | None = None  # type: ignore[assignment]
+    """Frames a photo; default: what `seconds` take around the scene, and 10 from photo to photo."""
+
+    def _setup(self, *arguments: Any, **options: Any) -> Any:
+        config, pipeline, *rest = super()._setup(*arguments, **options)
+        if self.interpolation_steps is None:
+            photos = len(pipeline.datamanager.train_dataset.cameras)
+            going_around = max(1, round(self.seconds * self.frame_rate / photos))
+            self.interpolation_steps = going_around if self.pose_source == "around" else 10
+        return config, pipeline, *rest
+
+    def main(self) -> None:
+        """As ns-render's, whose path from photo to photo is another's where a way around the scene is asked for."""
+        if self.pose_source != "around":
+            super().main()
+            return
+        with mock.patch.object(
+            render, "get_interpolated_camera_path", lambda cameras, steps, **_: around(cameras, steps * len(cameras))
+        ):
+            super().main()
 
 
 @dataclass

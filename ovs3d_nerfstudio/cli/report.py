@@ -50,6 +50,8 @@ def write_report(
     parts = [
         f"<h1>Segmentation of the split “{escape(split)}”</h1>",
         f"<p>{escape(figures['method'])}, step {figures['step']}, {len(sheets)} views, PSNR {figures['psnr']:.2f} dB.</p>",
+        f"<p>Scene {escape(figures['scene'])}; run {escape(figures['run'])}; ovs3d_nerfstudio {escape(figures['version'])}; "
+        f"prompts: {escape('; '.join(figures['prompts']))}.</p>",
         *(f'<p class="remark">{escape(remark)}</p>' for remark in remarks),
         _table([*FIGURES.values()], {"mean over views": [figures[name] for name in FIGURES]}),
         "<h2>Classes</h2>",
@@ -60,8 +62,9 @@ def write_report(
         "<h2>Views</h2><p>Photo, truth, prediction, errors (red; black where nothing is annotated).</p>",
         *(_view(name, figures["views"][name], sheet) for name, sheet in sheets.items()),
     ]
+    title = escape(f"{Path(figures['scene']).name}, {figures['method']}: ovs3d eval")
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ovs3d eval</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)

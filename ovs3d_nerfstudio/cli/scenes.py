@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
-from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+import tyro
 
-from ovs3d_nerfstudio.data.scene_checks import check_cameras, readable_scene
-from ovs3d_nerfstudio.engine.option_checks import check_scales
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.features.extraction import ClipFeatures, default_cache_dir
-from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
-from ovs3d_nerfstudio.run_files import our_methods
+
+if TYPE_CHECKING:
+    from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+
+    from ovs3d_nerfstudio.pipeline import OVS3DPipelineConfig
+
+DATAPARSERS = (
+    *(
+        "nerfstudio-data",
+        "minimal-parser",
+        "arkit-data",
+        "blender-data",
+        "instant-ngp-data",
+        "nuscenes-data",
+        "dnerf-data",
+    ),
+    *("phototourism-data", "dycheck-data", "scannet-data", "sdfstudio-data", "nerfosr-data", "sitcoms3d-data"),
+    *("scannetpp-data", "colmap"),
+)
+"""The names that nerfstudio's own have; it takes seconds to say them itself."""
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """The options of a command, and what follows them: the name of a dataparser, and its options."""
+    plugins = {entry.name for entry in entry_points(group="nerfstudio.dataparser_configs")}
+    for i, word in enumerate(words):
+        if word in plugins.union(DATAPARSERS) and not (i and words[i - 1].startswith("-")):
+            return words[:i], words[i:]
+    return words, []
 
 
 @dataclass
 class SceneOptions:
-    """What `extract` and `preview` ask alike; the defaults are those of training, so that the cache is the same."""
+    """What the commands about a scene ask alike; the defaults are those of training, so that the cache is the same. Name a
+    dataparser last, with its options, as in training."""
 
     data: Path
     """The scene: a folder, or a file in it such as transforms.json."""
@@ -32,18 +57,22 @@ class SceneOptions:
     """What FDA compares pixels by, as in training; default: the method's."""
     scales: tuple[float, ...] | None = None
     """Patches along the shorter side of a picture, one number a scale; default: the method's."""
-    clip_features: ClipFeatures | None = None
+    clip_features: Literal["patches", "dense"] | None = None
     """Whether patches are embedded one by one, or pooled from dense features, as in training; default: the method's."""
     feature_cache_dir: Path | None = None
     """Folder of the feature cache; default: .ovs3d-cache in the data folder."""
-    dataparser: AnnotatedDataParserUnion = field(default_factory=NerfstudioDataParserConfig)
-    """How the scene is read, as in training: name it last, with its options."""
+    dataparser: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """Name and options of the dataparser, as `split_words` left them; default: nerfstudio-data."""
 
     def resolved(self) -> OVS3DPipelineConfig:
         """The method's pipeline config with these options in it.
 
         Raises CommandError for a method that is not one of ours, OptionError for scales that cannot be.
         """
+        from ovs3d_nerfstudio.engine.option_checks import check_scales
+        from ovs3d_nerfstudio.features.extraction import default_cache_dir
+        from ovs3d_nerfstudio.run_files import our_methods
+
         ours = our_methods()
         if self.method not in ours:
             raise CommandError(f"--method {self.method} is none of ours; choose one of: {', '.join(ours)}.")
@@ -62,9 +91,21 @@ class SceneOptions:
 
         Raises SceneError when there is no such scene, or none that the parser can read or that can be trained from.
         """
-        parser: DataParserConfig = self.dataparser
-        parser.data = self.data
+        from ovs3d_nerfstudio.data.scene_checks import check_cameras, readable_scene
+
+        parser = self.parser()
         with readable_scene(parser, self.data):
             parsed = parser.setup().get_dataparser_outputs("train")
         check_cameras(parsed.cameras, str(self.data))
         return parsed.image_filenames
+
+    def parser(self) -> DataParserConfig:
+        """How the scene is read."""
+        from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
+        from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+
+        parser: DataParserConfig = NerfstudioDataParserConfig()
+        if self.dataparser:
+            parser = tyro.cli(AnnotatedDataParserUnion, prog="ovs3d …", args=self.dataparser)
+        parser.data = self.data
+        return parser

@@ -29,6 +29,9 @@ painted before the lenses (4 dB held out)."""
 AROUND_NEAR = 0.4
 """Start all around: near plane, as a share of the way from a close camera to the common point."""
 
+THIN, DENSE = 0.1, 1.5
+"""How many times less and more fog than by the capture is worth a try: twice as much has cost 6 dB, ten times less 1 dB."""
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -58,6 +61,24 @@ class Capture:
         if not self.around:
             return THIN_DENSITY, NERFACTO_NEAR
         return AROUND_DEPTH / self.distance, AROUND_NEAR * self.distance
+
+    def warnings(self, density: float | None, near: float | None) -> list[str]:
+        """What speaks against a start that somebody chose, in sentences; None is what nobody did."""
+        found = []
+        least, most = THIN * self.start()[0], DENSE * self.start()[0]
+        if density is not None and not least <= density <= most:
+            fault = "is painted before the lenses" if density > most else "tells no depth where there is little texture"
+            found.append(
+                f"--pipeline.model.average-init-density {density:.2g} is far from what fits this capture: such fog {fault}. Give "
+                f"{least:.2g} to {most:.2g}, or leave it out for {self.start()[0]:.2g}."
+            )
+        # Of other captures nobody knows whether cameras look at one thing.
+        if near is not None and self.around and near > self.distance / 2:
+            found.append(
+                f"--pipeline.model.near-plane {near:.2g} is more than half of the way from a close camera to what is looked at "
+                f"({self.distance:.2g}): nothing before it can be seen. Give less, or leave it out for {self.start()[1]:.2g}."
+            )
+        return found
 
 
 def capture_of(poses: Float[Tensor, "N 3 4"], panoramas: bool = False) -> Capture:

@@ -1,5 +1,5 @@
-"""Where Gaussians begin: at the points that come with the data, else at points found in the photos by their known cameras,
-and where the photos show none, at random.
+"""Where geometry begins: Gaussians at the points that come with the data, else at points found in the photos by their known
+cameras, and where the photos show none, at random; a NeRF by `sightings` of those found.
 
 Finding takes seconds to a minute and is done once: the points lie in the feature cache, under the hash of the photos,
 masks, cameras and settings that they were found with.
@@ -11,13 +11,13 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int32, UInt8
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from numpy import ndarray
@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ovs3d_nerfstudio.data import stereo, triangulation
 from ovs3d_nerfstudio.data.capture import capture_of
 from ovs3d_nerfstudio.data.stereo import densify, stereo_pairs
-from ovs3d_nerfstudio.data.triangulation import NO_POINTS, Features, Points, find_features, pairs, triangulate
+from ovs3d_nerfstudio.data.triangulation import NO_POINTS, Features, Points, find_features, joined, pairs, triangulate
 from ovs3d_nerfstudio.data.views import View, read_view
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.features.cache import FeatureCache, picture_key
@@ -44,7 +44,7 @@ TRIES = 4
 """How many times as many random points are drawn as are kept: those that most cameras see."""
 THREADS = 4
 """At most, for each holds up to 250 MB."""
-VERSION = 1
+VERSION = 2
 """Counts changes of what is found that no constant tells."""
 
 
@@ -61,6 +61,11 @@ class Seeds:
     colors: UInt8[ndarray, "N 3"]
     origin: str
     """Where they are from, as a sentence."""
+    point: Int32[ndarray, " K"]
+    view: Int32[ndarray, " K"]
+    """Point `point[k]` was found in photo `view[k]`. Nobody knows where points that come with the data were."""
+    place: Float32[ndarray, "K 2"]
+    """And there at these shares of the width and the height."""
 
 
 def seed_points(
@@ -84,25 +89,46 @@ def seed_points(
     given = dataparser_outputs.metadata.get("points3D_xyz")
     if given is not None and len(given):
         return _of_data(given, dataparser_outputs.metadata.get("points3D_rgb"))
-    kinds = {CameraType(int(kind)) for kind in cameras.camera_type.flatten().unique()}
-    if strange := kinds - {CameraType.PERSPECTIVE, CameraType.FISHEYE}:
+    return found_points(image_filenames, dataparser_outputs.mask_filenames, cameras, cache_dir, console)
+
+
+def found_points(
+    image_filenames: Sequence[Path],
+    mask_filenames: Sequence[Path] | None,
+    cameras: Cameras,
+    cache_dir: Path,
+    console: Console,
+) -> Seeds:
+    """Points found in the photos: now, or by whoever asked before. Arguments and errors as for `seed_points`."""
+    if strange := unfit(cameras):
         raise SeedsError(
             f"Points cannot be found in photos of {min(kind.name for kind in strange)} cameras, only of PERSPECTIVE and FISHEYE; "
             "give points with the data (ply_file_path in transforms.json)."
         )
-    masks: Sequence[Path | None] = dataparser_outputs.mask_filenames or [None] * len(image_filenames)
+    masks: Sequence[Path | None] = mask_filenames or [None] * len(image_filenames)
     cache = FeatureCache(cache_dir, "seeds", settings())
     key = content_key(image_filenames, masks, cameras)
 
     def make() -> dict[str, torch.Tensor]:
-        positions, colors, counts = find_points(image_filenames, masks, cameras, console)
-        tensors = {"positions": positions.astype(np.float32), "colors": colors, "counts": np.array(counts)}
+        found, places, counts = find_points(image_filenames, masks, cameras, console)
+        tensors = {"positions": found.positions.astype(np.float32), "colors": found.colors, "counts": np.array(counts)}
+        tensors |= {"point": found.point.astype(np.int32), "view": found.view.astype(np.int32)}
+        tensors["place"] = places.astype(np.float32)
         return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
     cache.fill(key, make, wait=True)
     # Copies: what the cache loads lies in its file, which may change under a long run.
     tensors = {name: tensor.numpy().copy() for name, tensor in cache.load(key).items()}
-    return Seeds(tensors["positions"], tensors["colors"], _origin(*tensors["counts"].tolist()))
+    origin = _origin(*tensors["counts"].tolist())
+    return Seeds(origin=origin, **{name: tensor for name, tensor in tensors.items() if name != "counts"})
+
+
+def unfit(cameras: Cameras) -> set[CameraType]:
+    """The kinds of cameras among these in whose photos no points can be found."""
+    return {CameraType(int(kind)) for kind in cameras.camera_type.flatten().unique()} - {
+        CameraType.PERSPECTIVE,
+        CameraType.FISHEYE,
+    }
 
 
 def _of_data(positions: torch.Tensor, colors: torch.Tensor | None) -> Seeds:
@@ -119,6 +145,9 @@ def _of_data(positions: torch.Tensor, colors: torch.Tensor | None) -> Seeds:
         positions.numpy(),
         rgb.to(torch.uint8).numpy(),
         f"Gaussians begin at the {len(positions):,} points that come with the data{remark}.",
+        point=np.zeros(0, np.int32),
+        view=np.zeros(0, np.int32),
+        place=np.zeros((0, 2), np.float32),
     )
 
 
@@ -157,9 +186,9 @@ def content_key(photos: Sequence[Path], masks: Sequence[Path | None], cameras: C
 
 def find_points(
     photos: Sequence[Path], masks: Sequence[Path | None], cameras: Cameras, console: Console
-) -> tuple[Float[ndarray, "N 3"], UInt8[ndarray, "N 3"], tuple[int, int, int]]:
-    """Points found in photos, filled up with random ones where they are few, their colours, and how many are features', of
-    stereo, and random."""
+) -> tuple[Points, Float[ndarray, "K 2"], tuple[int, int, int]]:
+    """Points found in photos, filled up with random ones (found in none) where they are few; where in the photos each was
+    found, as shares of width and height; and how many are features', of stereo, and random."""
     columns = (
         TextColumn("[cyan]{task.description}"),
         BarColumn(),
@@ -193,13 +222,19 @@ def find_points(
     # Half at most, or what has little texture has few.
     sparse = np.random.default_rng(0).permutation(np.flatnonzero(certain))[: COUNT // 2]
     room = COUNT - len(sparse)
-    positions = np.concatenate([known.positions[sparse], dense.positions[:room]])
-    colors = np.concatenate([known.colors[sparse], dense.colors[:room]])
-    counts = len(sparse), len(positions) - len(sparse), 0
-    if len(positions) >= FEWEST:
-        return positions, colors, counts
-    more, their_colors = random_points(views, depth_range(views, cameras, known), RANDOM - len(positions))
-    return np.concatenate([positions, more]), np.concatenate([colors, their_colors]), (*counts[:2], len(more))
+    found = joined(known.only(sparse), dense.only(np.arange(len(dense.positions))[:room]))
+    counts = len(sparse), len(found.positions) - len(sparse)
+    places, seen = np.zeros((len(found.point), 2)), np.zeros(len(found.point), bool)
+    for i, view in enumerate(views):
+        mine = found.view == i
+        pixels, _ = view.project(found.positions[found.point[mine]])
+        places[mine], seen[mine] = pixels / view.size, view.inside(pixels)
+    # A few lie a pixel off their feature, and beyond the edge.
+    found, places = replace(found, point=found.point[seen], view=found.view[seen]), places[seen]
+    if len(found.positions) >= FEWEST:
+        return found, places, (*counts, 0)
+    more = random_points(views, depth_range(views, cameras, known), RANDOM - len(found.positions))
+    return joined(found, replace(NO_POINTS, positions=more[0], colors=more[1])), places, (*counts, len(more[0]))
 
 
 def depth_range(views: Sequence[View], cameras: Cameras, known: Points) -> tuple[float, float]:

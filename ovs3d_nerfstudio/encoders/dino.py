@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from ovs3d_nerfstudio.encoders import hub
 from ovs3d_nerfstudio.encoders.base import EncoderError, TokenEncoder, file_digest
 from ovs3d_nerfstudio.errors import reason
 from ovs3d_nerfstudio.memory import is_out_of_memory, told_what_to_lower
@@ -20,6 +21,8 @@ from ovs3d_nerfstudio.memory import is_out_of_memory, told_what_to_lower
 DEFAULT = "facebook/dino-vitb8"
 """The paper's model: DINO (Caron et al., 2021), ViT-B, patches of 8 pixels."""
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Files of which one holds the weights of a model of transformers."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -49,6 +52,11 @@ class DinoEncoder(TokenEncoder):
             )
         self.name = str(self.folder or name)
         self._model: Any = None
+
+    def require(self) -> None:
+        """The model is on this disk, or its hub answers."""
+        if self.folder is None and not hub.cached(self.name, *WEIGHTS) and not hub.reachable():
+            raise self._unreachable("it is not on this disk, and its hub does not answer")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,12 +101,13 @@ class DinoEncoder(TokenEncoder):
         # Imported here: it takes seconds, and a run with another encoder needs none of it.
         from transformers import AutoConfig
 
+        hub.reachable()
         try:
             config = AutoConfig.from_pretrained(self.name)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise self._unreachable(error) from error
+            raise self._unreachable(reason(error)) from error
         if not isinstance(getattr(config, "patch_size", None), int):
             raise EncoderError(
                 f"'{self.name}' ({config.model_type}) is no plain vision transformer; "
@@ -132,7 +141,7 @@ class DinoEncoder(TokenEncoder):
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                raise self._unreachable(error) from error
+                raise self._unreachable(reason(error)) from error
             if config.model_type == "vit":
                 # The original reads DINO's last block before the final normalisation; FDA's 0.7 was chosen on that. The
                 # authors of DINOv2 and DINOv3 publish their tokens after it.
@@ -140,9 +149,9 @@ class DinoEncoder(TokenEncoder):
             dtype = torch.float16 if self.device.type == "cuda" else torch.float32
             return model.to(self.device, dtype).eval().requires_grad_(False)
 
-    def _unreachable(self, error: Exception) -> EncoderError:
+    def _unreachable(self, why: str) -> EncoderError:
         return EncoderError(
-            f"The token encoder '{self.name}' cannot be loaded ({reason(error)}); "
+            f"The token encoder '{self.name}' cannot be loaded ({why}); "
             "give a model of the hub while online, a folder saved by transformers as dino:FOLDER, "
             "or use the token encoder 'offline'."
         )

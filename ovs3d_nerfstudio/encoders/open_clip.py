@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import MultiheadAttention
 from torch.nn.functional import interpolate, linear, normalize
 
+from ovs3d_nerfstudio.encoders import hub
 from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, check_lengths, file_digest
 from ovs3d_nerfstudio.errors import reason
 from ovs3d_nerfstudio.memory import in_batches, is_out_of_memory, told_what_to_lower
@@ -25,6 +26,8 @@ DENSE_SPREAD = 5.0
 DEFAULT = "ViT-B-16@openai"
 """The paper's model and weights."""
 
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Files of a hub's model of which one holds its weights, where open_clip's list names none."""
 AMPLE_TOKENS = 2048
 """More than any prompt of 300 characters has."""
 
@@ -103,6 +106,17 @@ class OpenClipEncoder(ImageTextEncoder):
             f"open_clip-1 {self.model_name}{activation} {weights} "
             f"{self.input_size} mean {list(self.mean)} std {list(self.std)}"
         )
+
+    def require(self) -> None:
+        """Weights of a tag are on this disk, or their hub answers."""
+        import open_clip
+
+        if self._file is not None:
+            return
+        published = open_clip.get_pretrained_cfg(self.model_name, self.weights).get("hf_hub", "")
+        model, _, file = published.rpartition("/")
+        if model and not hub.cached(model, *([file] if file else WEIGHTS)) and not hub.reachable():
+            raise self._unreachable("they are not on this disk, and their hub does not answer")
 
     def embed_text(self, prompts: Sequence[str]) -> Float[Tensor, "C D"]:
         if not prompts:
@@ -223,15 +237,19 @@ class OpenClipEncoder(ImageTextEncoder):
     def _download(self) -> Path:
         import open_clip
 
+        hub.reachable()
         try:
             return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(self.model_name, self.weights)))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise EncoderError(
-                f"The weights '{self.weights}' of {self.model_name} cannot be downloaded ({reason(error)}); "
-                f"go online once, name a local copy as open_clip:{self.model_name}@FILE, or use the encoder 'offline'."
-            ) from error
+            raise self._unreachable(reason(error)) from error
+
+    def _unreachable(self, why: str) -> EncoderError:
+        return EncoderError(
+            f"The weights '{self.weights}' of {self.model_name} cannot be downloaded ({why}); "
+            f"go online once, name a local copy as open_clip:{self.model_name}@FILE, or use the encoder 'offline'."
+        )
 
 
 def _starts(length: int, side: int) -> list[int]:

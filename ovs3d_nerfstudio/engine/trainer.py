@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,20 +23,28 @@ import torch.multiprocessing as mp
 import yaml
 from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.engine.trainer import TrainerConfig
-from nerfstudio.utils import comms
+from nerfstudio.utils import comms, writer
+from nerfstudio.utils.misc import step_check
 from nerfstudio.utils.rich_utils import CONSOLE
+from nerfstudio.utils.writer import EventName
+from rich.markup import escape
 
 from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.engine.anomaly import check_weights
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints
-from ovs3d_nerfstudio.engine.saving import SavingTrainer
+from ovs3d_nerfstudio.engine.endings import ending
+from ovs3d_nerfstudio.engine.saving import SavingTrainer, random_state, set_random_state
 from ovs3d_nerfstudio.engine.threads import busy_hint, let_sleep
-from ovs3d_nerfstudio.errors import CommandError, user_errors
+from ovs3d_nerfstudio.errors import INTERRUPTED, CommandError, user_errors
 from ovs3d_nerfstudio.files import written_beside
 from ovs3d_nerfstudio.memory import told_what_to_lower
 
 RENAMED = {"ovs3d-plus": "ovs3d"}
 """Names that methods had in version 0.1."""
+MIOU = "Test mIoU"
+"""Its name in nerfstudio's log."""
+AWAY = 10.0
+"""Seconds in which a page that is loaded again comes back to the viewer."""
 GRACE = 5.0
 """Seconds that a process whose partner died waits for the launcher, which knows how it died."""
 
@@ -96,8 +105,20 @@ class OVS3DTrainerConfig(TrainerConfig):
 class OVS3DTrainer(SavingTrainer):
     """Only rank 0 evaluates, and weights that are not finite are not saved."""
 
+    _begun = False
+    """Whether a step has been made."""
+
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
-        """As nerfstudio's; says first what would make training on a CPU slow, and leaves the frame of the data in the run."""
+        """As nerfstudio's; what ends here leaves no folder."""
+        with self._ending():
+            self._set_up(test_mode)
+
+    def _ending(self) -> AbstractContextManager[None]:
+        top, first = self.config.output_dir, ranks.rank() == 0
+        return ending(self.base_dir, top, lambda: self._begun, self.checkpoint_dir, first)
+
+    def _set_up(self, test_mode: Literal["test", "val", "inference"]) -> None:
+        """Says first what would make training on a CPU slow, and leaves the frame of the data in the run."""
         hint = busy_hint(torch.get_num_threads()) if self.config.machine.device_type == "cpu" else None
         if hint:
             CONSOLE.print(hint, style="yellow")
@@ -111,16 +132,74 @@ class OVS3DTrainer(SavingTrainer):
         if ranks.rank() == 0:
             datamanager: Any = self.pipeline.datamanager
             datamanager.frame.write(self.base_dir)
+        for shown in writer.EVENT_WRITERS:
+            if isinstance(shown, writer.LocalWriter) and shown.config.max_log_size:
+                shown.stats_to_track.append(MIOU)
+
+    def train(self) -> None:
+        """As nerfstudio's; features are made before the clock of the first step runs."""
+        with self._ending():
+            if self._start_step < self.config.max_num_iterations:
+                pipeline: Any = self.pipeline
+                with self.train_lock:
+                    pipeline.ready_to_train()
+            super().train()
 
     def train_iteration(self, step: int) -> Any:
         """As nerfstudio's; where memory runs out the command ends with what to lower."""
         with user_errors(), told_what_to_lower("training"):
-            return super().train_iteration(step)
+            trained = super().train_iteration(step)
+        self._begun = True
+        return trained
+
+    def _update_viewer_state(self, step: int) -> None:
+        """As nerfstudio's, and what its log shall show: the mIoU of the last evaluation, and no time of the first step, which
+        compiles and would be taken for that of all."""
+        if step == self._start_step:
+            untrue = (EventName.ITER_TRAIN_TIME.value, EventName.ETA.value)
+            writer.EVENT_STORAGE[:] = [event for event in writer.EVENT_STORAGE if event["name"] not in untrue]
+            writer.GLOBAL_BUFFER["events"].pop(untrue[0], None)
+        miou = self.pipeline.last_miou
+        if miou is not None and step_check(step, self.config.logging.steps_per_log):
+            writer.put_scalar(MIOU, miou, step)
+        super()._update_viewer_state(step)
 
     def eval_iteration(self, step: int) -> None:
-        if ranks.rank() == 0:
-            with user_errors(), told_what_to_lower("rendering"):
-                super().eval_iteration(step)
+        """As nerfstudio's, which evaluates nothing where only the viewer is on; with masks, a view is compared all the same."""
+        if ranks.rank() > 0:
+            return
+        with user_errors(), told_what_to_lower("rendering"):
+            super().eval_iteration(step)
+            config = self.config
+            logged = config.is_wandb_enabled() or config.is_tensorboard_enabled() or config.is_comet_enabled()
+            if not logged and self.pipeline.has_masks and step_check(step, config.steps_per_eval_image):
+                drawn = random_state()  # the run shall not depend on who looks
+                self.pipeline.get_eval_image_metrics_and_images(step)
+                set_random_state(drawn)
+        miou, all_lines = self.pipeline.last_miou, not config.logging.local_writer.max_log_size
+        if miou is not None and all_lines and step_check(step, config.steps_per_eval_image):
+            # Such a log has its header once, at the beginning, when there is no mIoU.
+            CONSOLE.print(f"A held-out view at step {step}: mIoU {miou:.3f}.")
+
+    def _train_complete_viewer(self) -> None:
+        """Ends, unless somebody looks at the viewer; then when nobody does any more, or at Ctrl-C."""
+        viewer: Any = self.viewer_state
+        clients = getattr(getattr(viewer, "viser_server", None), "get_clients", None)
+        if clients is None:
+            return
+        viewer.training_complete()
+        again = f"To look again: ns-viewer --load-config {self.base_dir / 'config.yml'}"
+        if clients():
+            CONSOLE.print("Training is done. The viewer stays as long as somebody looks at it; Ctrl-C ends it.")
+            try:
+                last_seen = time.monotonic()
+                while time.monotonic() - last_seen < AWAY:
+                    if clients():
+                        last_seen = time.monotonic()
+                    time.sleep(0.2)
+            except KeyboardInterrupt:
+                pass
+        CONSOLE.print(escape(again), soft_wrap=True)
 
     def save_checkpoint(self, step: int) -> None:
         """Writes a checkpoint, on rank 0."""
@@ -136,7 +215,11 @@ class Processes:
         self.config = config
 
     def setup(self) -> None:
-        with user_errors():
+        config = self.config
+        with (
+            ending(config.get_base_dir(), config.output_dir, lambda: False, config.get_checkpoint_dir(), True),
+            user_errors(),
+        ):
             check_machine(self.config.machine)
             if not getattr(self.config.pipeline.model, "SEVERAL_PROCESSES", True):
                 raise CommandError(
@@ -157,9 +240,13 @@ class Processes:
             try:
                 while not processes.join():
                     pass
+            except KeyboardInterrupt:  # which the processes have seen too, and the first of them says so
+                for process in processes.processes:
+                    process.join(GRACE)
+                raise SystemExit(INTERRUPTED) from None
             except mp.ProcessExitedException as error:
                 if error.signal_name is None:  # it has said itself why it stops
-                    raise SystemExit(1) from None
+                    raise SystemExit(error.exit_code or 1) from None
                 raise CommandError(
                     f"Process {error.error_index} of {machine.num_devices} died ({error.signal_name}), so the others were "
                     f"stopped; {_remedy(config.get_checkpoint_dir())}"

@@ -22,6 +22,7 @@ from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SIZE, Range
 from ovs3d_nerfstudio.fields.compositing import top_samples
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
 from ovs3d_nerfstudio.fields.semantic_field import LInfContraction
+from ovs3d_nerfstudio.losses.depth import depth_loss
 from ovs3d_nerfstudio.memory import filled_in_chunks, free_memory
 from ovs3d_nerfstudio.models.lpips import lpips_optional
 from ovs3d_nerfstudio.models.semantics import SemanticModel, SemanticModelConfig
@@ -48,9 +49,12 @@ class OVS3DModelConfig(SemanticModelConfig, NerfactoModelConfig):
     """Density at the start. Default: by the capture (see `capture`), 0.3 from the front, about 1 all around."""
     near_plane: float | None = None  # type: ignore[assignment]
     """Where rays begin. Default: by the capture, nerfacto's 0.05 from the front, 0.4 of the way to the subject all around."""
+    depth_loss_mult: float = 0.03
+    """Weight of the depth loss in the first step: rays to points that were found in the photos end there."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         **SemanticModelConfig.RANGES,
+        "depth_loss_mult": COUNT,
         "eval_num_rays_per_chunk": SIZE,
         "average_init_density": POSITIVE,
         "near_plane": COUNT,
@@ -104,14 +108,18 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         config = self.config
         capture = self.kwargs["metadata"].get("capture")  # none where no datamanager of ours made the model
         density, near = capture.start() if capture is not None else (THIN_DENSITY, NERFACTO_NEAR)
-        chosen = None in (config.average_init_density, config.near_plane)
-        config.average_init_density = density if config.average_init_density is None else config.average_init_density
-        config.near_plane = near if config.near_plane is None else config.near_plane
-        if chosen and capture is not None:
+        given = config.average_init_density, config.near_plane
+        config.average_init_density = density if given[0] is None else given[0]
+        config.near_plane = near if given[1] is None else given[1]
+        if capture is None:
+            return
+        self.remarks = capture.warnings(*given)
+        if None in given:
             self.remarks = [
+                *self.remarks,
                 f"Captured {capture.described}: geometry starts with density "
                 f"{config.average_init_density:.2g} from the near plane {config.near_plane:.2g} on. Choose otherwise with "
-                "--pipeline.model.average-init-density and --pipeline.model.near-plane."
+                "--pipeline.model.average-init-density and --pipeline.model.near-plane.",
             ]
 
     def photo_of(self, image: Float[Tensor, "H W c"]) -> Float[Tensor, "H W 3"]:
@@ -142,6 +150,21 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             return outputs
         metrics = self.get_metrics_dict(outputs, batch)
         return outputs, self.get_loss_dict(outputs, batch, metrics), metrics
+
+    def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
+        loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)
+        if "distances" in batch and self.config.depth_loss_mult:
+            share = self.config.depth_loss_mult * batch["distances_share"]
+            loss_dict["depth_loss"] = share * self._depth_loss(outputs, batch["distances"])
+        return loss_dict
+
+    def _depth_loss(self, outputs: dict, distances: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Of the last rays, in the field and in the proposals, which decide where it is looked at."""
+        told, losses = slice(-len(distances), None), []
+        for weights, samples in zip(outputs["weights_list"], outputs["ray_samples_list"], strict=True):
+            starts, ends = (edges[told, :, 0] for edges in (samples.frustums.starts, samples.frustums.ends))
+            losses.append(depth_loss(weights[told, :, 0], starts, ends, distances))
+        return torch.stack(losses).sum()
 
     def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
         rays = RayBundle(

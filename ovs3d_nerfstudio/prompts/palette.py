@@ -1,8 +1,8 @@
 """Colours of classes: one colour for a prompt in the viewer, in renders, in legends and in point clouds.
 
 A colour belongs to a *slot*, a number. The trained prompts take the slots 0, 1, 2… in their order;
-`colors_for` gives every other prompt a slot by its text, so that adding a prompt never recolours the ones
-before it.
+`colors_for` gives every other prompt a slot by its text, of those that are far from all colours before it, so
+that adding a prompt never recolours the ones before it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ _TABLE = bytes.fromhex("""
 _TABLE_SLOTS = len(_TABLE) // 3
 _NEW_SLOTS = 24
 """At least so many slots are there for a prompt that was not trained to choose its own from."""
+_FAR = 40.0
+"""CIELAB distance from which on two colours are told apart at a glance, small in a legend and over a photo."""
 _BROAD_FONTS = "Noto Sans|CJK|WenQuanYi|Unicode MS|Fallback|Hiragino Sans|YaHei|Malgun"
 """Families whose purpose is to cover scripts that DejaVu lacks; trying every font would take too long."""
+_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+"""From linear sRGB (IEC 61966-2-1)."""
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
@@ -63,8 +67,9 @@ def colors_for(prompts: Sequence[str], trained: Sequence[str]) -> Float[np.ndarr
     """The sRGB colour of each of `prompts` in [0, 1], float32.
 
     A trained prompt has the slot of its place among `trained`, wherever it stands in `prompts`. Any other
-    prompt has a slot behind these that only its text decides; should an earlier one of `prompts` hold that
-    slot, it takes the next free one. So a prompt appended to the list recolours none, and all colours differ.
+    prompt has a slot behind these: the first, from one on that its text decides, whose colour is far from those
+    of `trained` and of the prompts before it, or where none is far, the farthest. So a prompt appended to the
+    list recolours none, and all colours differ.
     """
     slots = {prompt_key(prompt): slot for slot, prompt in enumerate(trained)}
     first = len(trained)
@@ -72,11 +77,18 @@ def colors_for(prompts: Sequence[str], trained: Sequence[str]) -> Float[np.ndarr
     for key in map(prompt_key, prompts):
         if key in slots:
             continue
-        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
         taken = set(slots.values())
-        tries = (first + (number + step) % (last - first) for step in range(last - first))
-        # All of them taken: the slots behind, one by one.
-        slots[key] = next((slot for slot in tries if slot not in taken), max(taken, default=0) + 1)
+        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+        tries = [first + (number + step) % (last - first) for step in range(last - first)]
+        free = [slot for slot in tries if slot not in taken]
+        if not free:  # the slots behind, one by one
+            slots[key] = max(taken, default=0) + 1
+        elif not taken:
+            slots[key] = free[0]
+        else:
+            colors = _lab([*free, *sorted(taken)])
+            apart = np.linalg.norm(colors[: len(free), None] - colors[None, len(free) :], axis=-1).min(1)
+            slots[key] = free[int(np.argmax(apart >= _FAR) if (apart >= _FAR).any() else apart.argmax())]
     return _colors([slots[prompt_key(prompt)] for prompt in prompts])
 
 
@@ -144,6 +156,15 @@ def save_legend(
 
 def _colors(slots: Sequence[int]) -> Float[np.ndarray, "n 3"]:
     return np.array([class_color(slot) for slot in slots], dtype=np.float32).reshape(-1, 3)
+
+
+def _lab(slots: Sequence[int]) -> Float[np.ndarray, "n 3"]:
+    """Their colours in CIELAB (D65)."""
+    colors = _colors(slots).astype(np.float64)
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ _TO_XYZ.T / _TO_XYZ.sum(1)
+    root = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.stack([116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])], -1)
 
 
 def _numpy(colors: Float[np.ndarray, "C 3"] | Float[Tensor, "C 3"]) -> Float[np.ndarray, "C 3"]:

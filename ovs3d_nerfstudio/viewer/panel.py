@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+import viser.transforms as vtf
 from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.viewer_elements import ViewerClick, ViewerControl
 from rich.markup import escape
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from nerfstudio.viewer.viewer import Viewer
 
 MODES = {"argmax over prompts": "argmax", "threshold per prompt": "threshold"}
+CLICK = "Click into the picture to ask what is there."
+ALONE = "A single prompt takes everything by argmax; choose threshold per prompt to see where it is."
 LIKES_FILE = "likes.json"
 """Where prompts without words are kept, in the run's folder."""
 NO_PROMPT = "–"
@@ -78,6 +81,7 @@ class PromptPanel(ViewerControl):
         viewer.get_model = lambda: self._view  # type: ignore[method-assign, assignment, return-value]
         viewer.control_panel.update_output_options = self._update_outputs  # type: ignore[assignment, method-assign]
         self.register_pointer_cb("click", self._clicked)
+        self.viser_server.on_client_connect(lambda client: at_a_photo(client, viewer.pipeline))
         threading.Thread(target=self._keep_legend, name="ovs3d legend", daemon=True).start()
 
     def _build(self) -> None:
@@ -122,7 +126,7 @@ class PromptPanel(ViewerControl):
             )
             self._legend = gui.add_markdown("")
             self._status = gui.add_markdown("")
-            self._point = gui.add_markdown("Click into the picture to ask what is there.")
+            self._point = gui.add_markdown(CLICK)
             self._buttons(**{"More like this": self._like})
         for control in (self._mode, self._threshold, self._temperature, self._opacity, self._normalise):
             control.on_update(lambda event: self._change(self._settle) if event.client is not None else None)
@@ -240,8 +244,10 @@ class PromptPanel(ViewerControl):
         else:
             if typed is not None and self._text.value == typed:
                 self._text.value = "; ".join(self.live.asked)
-        self._say(said)
+            if typed is not None:
+                self._point.content = CLICK  # what was answered was another question
         mode = self.live.answering.mode
+        self._say(f"{said} {ALONE}" if len(self.live.asked) == 1 and mode == "argmax" else said)
         self._threshold.disabled = mode != "threshold"
         if MODES[self._mode.value] != mode:
             self._mode.value = next(name for name, value in MODES.items() if value == mode)
@@ -341,6 +347,20 @@ class PromptPanel(ViewerControl):
                 self._point.content = described(point, position, thing)
         except MemoryShortage as error:
             self._point.content = _jsx(str(error))
+
+
+def at_a_photo(client: Any, pipeline: Any) -> None:
+    """Has a page that has just been opened look from where a training photo was taken, with its angle of view."""
+    from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO
+
+    cameras = pipeline.datamanager.train_dataset.cameras
+    camera = cameras[len(cameras) // 2]
+    pose = camera.camera_to_worlds.cpu().double().numpy()
+    turned = vtf.SO3.from_matrix(pose[:, :3]) @ vtf.SO3.from_x_radians(np.pi)
+    with client.atomic():
+        client.camera.position = pose[:, 3] * VISER_NERFSTUDIO_SCALE_RATIO
+        client.camera.wxyz = turned.wxyz
+        client.camera.fov = float(2 * np.arctan(float(camera.height) / 2 / float(camera.fy)))
 
 
 def keep_steps(machine: RenderStateMachine) -> None:
