@@ -24,7 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def typed(page: Path) -> list[list[str]]:
     """The words of each command in a page's blocks of bash."""
-    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks(page, "bash") for line in re.split(r"\n| && ", block.replace("\\\n", " "))]
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
