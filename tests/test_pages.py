@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from typed import PAGES, ROOT, blocks, command_options, is_command, options, refusal, spans, typed
+from typed import PAGES, ROOT, TOUR, blocks, command_options, is_command, options, refusal, spans, typed
 
 from ovs3d_nerfstudio.cli import SUBCOMMANDS
 
@@ -19,7 +19,6 @@ LESS = {
     "export mesh": ["--voxel", 0.2, "--downscale", 2],
 }
 """What makes commands of the pages cheaper: their pictures and clouds are looked at by other tests."""
-TOUR = ROOT / "docs" / "tour.ipynb"
 PAGE_NAMES = [page.name for page in PAGES]
 
 
@@ -58,7 +57,7 @@ def test_other_programs_of_the_pages_are_there():
         elif words[0] == "python":
             assert options(" ".join(words)) <= options((ROOT / words[1]).read_text()), words
         elif words[0] != "cd":
-            assert words[:2] in (["pip", "install"], ["git", "clone"]), words
+            assert words[:2] in (["pip", "install"], ["git", "clone"], ["jupyter", "lab"]), words
             extras = [extra for word in words for extra in re.findall(r"^\.\[(.+)\]", word)]
             assert set(extras) <= set(metadata("ovs3d-nerfstudio").get_all("Provides-Extra")), words
 
