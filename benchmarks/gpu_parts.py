@@ -25,6 +25,8 @@ from nerfstudio.field_components.encodings import HashEncoding
 from rich.console import Console
 from training_steps import Run, seconds
 
+from ovs3d_nerfstudio.cli.label import STEPS
+from ovs3d_nerfstudio.configs import semantics_alone
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
 from ovs3d_nerfstudio.features.basis import fit_basis
 from ovs3d_nerfstudio.features.extraction import ClipFeatures, extract
@@ -32,7 +34,9 @@ from ovs3d_nerfstudio.features.teachers import Teachers
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding
 from ovs3d_nerfstudio.models.nerf import tcnn_imports
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
+from ovs3d_nerfstudio.objects.samples import gaussians
 from ovs3d_nerfstudio.pictures import list_pictures
+from ovs3d_nerfstudio.prompts.answers import Question
 from ovs3d_nerfstudio.run_files import our_methods
 from ovs3d_nerfstudio.viewer.live import LiveModel, LivePrompts
 
@@ -87,6 +91,7 @@ class Bench:
             "training": partial(self.training, BEST, "training"),
             "training of Gaussians": partial(self.training, SPLAT, "splat_training"),
             "views of Gaussians": self.views,
+            "labelling of Gaussians": self.labelling,
             "picture": self.picture,
             "prompt change": self.change,
             "two GPUs": self.two,
@@ -236,6 +241,29 @@ class Bench:
         self._run = None  # its Gaussians are no training's
         what = f"a moving camera: class maps of {len(PROMPTS)} prompts at {width}×{height}"
         return [Row("splat_views", what, count / taken, "views/s", f"{self.sizes.gaussians} Gaussians, {count} views")]
+
+    def labelling(self) -> list[Row]:
+        """What `ovs3d label` does once features are there, all Gaussians before one camera: steps of semantics, worked out from
+        some of them, and the class of each Gaussian."""
+        self._run = None
+        trainer, steps = configured(SPLAT, self.scene, self.work / f"cache-{SPLAT}", self.encoders), STEPS[SPLAT]
+        semantics_alone(trainer, steps)
+        with peak(self.device) as memory:
+            run = Run(trainer.pipeline, trainer.optimizers, self.device, trainer.mixed_precision)
+            scatter(run.model, self.sizes.labelled, run.pipeline.datamanager.train_dataset.cameras[:1])
+            for _ in range(self.sizes.warm_up):
+                run.steps()
+            count = max(1, min(steps, int(self.sizes.seconds / seconds(run.steps, self.device))))
+            stepping = steps * seconds(lambda: [run.steps() for _ in range(count)], self.device) / count
+            run.model.eval()
+            naming = seconds(lambda: gaussians(run.model).labelled(Question(run.model.segmenter)), self.device)
+        what = f"labelling {self.sizes.labelled} Gaussians, features cached, {steps} steps"
+        how = f"worked out: steps {stepping:.3g}, the class of each {naming:.3g}; files and the photos' teachers come on top"
+        allocated = f"{memory['allocated']:.3g} of them allocated"
+        return [
+            Row("label_seconds", what, stepping + naming, "s", how),
+            Row("label_gib", f"{what}: peak memory", memory["reserved"], "GiB", allocated),
+        ]
 
     def picture(self) -> list[Row]:
         """A picture with everything that prompts bring, against colour, depth and accumulation alone."""

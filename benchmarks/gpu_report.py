@@ -22,6 +22,8 @@ LIMITS = {
     "splat_training_minutes": Limit("≤", 5.0),
     "splat_training_gib": Limit("≤", 8.0),
     "splat_views": Limit("≥", 60.0),
+    "label_seconds": Limit("≤", 60.0),
+    "label_gib": Limit("≤", 8.0),
 }
 """What the row of a name must reach. A further limit is a line here, and a row of that name from a part of `gpu_parts.py`."""
 

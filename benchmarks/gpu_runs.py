@@ -42,6 +42,8 @@ class Sizes:
     """Width and height of views of Gaussians."""
     gaussians: int = 300_000
     """Gaussians of a view: what a room or a table has."""
+    labelled: int = 1_000_000
+    """Gaussians of a splat that is labelled."""
     points: int = 1 << 18
     """Points of a hash grid: what 4 096 rays of 48 samples have, and a little more."""
     seconds: float = 12.0
@@ -54,7 +56,16 @@ class Sizes:
 
 FULL = Sizes()
 QUICK = Sizes(
-    height=90, views=4, picture=(40, 30), view=(40, 30), gaussians=200, points=256, seconds=0.1, repeats=1, warm_up=1
+    height=90,
+    views=4,
+    picture=(40, 30),
+    view=(40, 30),
+    gaussians=200,
+    labelled=200,
+    points=256,
+    seconds=0.1,
+    repeats=1,
+    warm_up=1,
 )
 
 TINY_CLIP = {

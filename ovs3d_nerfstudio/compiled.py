@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence, Set
+import sys
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["compiled", "run", "spans"]
+__all__ = ["compiled", "run", "spans", "untraced"]
 
 # No "nnan"/"ninf": what is NaN must come out as NaN, as it does in reference implementations.
 FASTMATH = frozenset({"contract", "nsz", "reassoc"})
@@ -30,6 +32,24 @@ def compiled(kernel: Callable, fastmath: Set[str] = FASTMATH) -> Callable:
         return numba.njit(**options, cache=True)(kernel)
     except RuntimeError:  # no folder for the cache is writable: compile in every process
         return numba.njit(**options)(kernel)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Nobody interrupts what runs in here; also a decorator.
+
+    nerfstudio's viewer ends a render that is out of date by an exception from `sys.settrace`, at whatever line is next:
+    that must not be one of an import or of a compiler's, which would leave half of it behind.
+    """
+    trace = sys.gettrace()
+    if trace is None:
+        yield
+        return
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(trace)
 
 
 @functools.lru_cache(maxsize=4)

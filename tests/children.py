@@ -137,23 +137,23 @@ def extract(pictures: list[Path], weights: Path, cache: Path, begun: Path, die: 
         extract(pictures, *encoders, (2.0,), cache, Console(file=sys.__stdout__, width=200))
 
 
-def configured(scene: Path, out: Path, steps: int, **settings):
-    """The config of `ovs3d-lite` with small grids and, by `settings`, the small encoders; a dot in a name is `__`."""
+def configured(scene: Path, out: Path, steps: int, method: str = "ovs3d-lite", **settings):
+    """The config of a method with small grids and, by `settings`, the small encoders; a dot in a name is `__`."""
     import open_clip
     from nerfstudio.configs.method_configs import all_methods
 
     open_clip.factory._MODEL_CONFIGS["tiny-ovs3d"] = TINY_CLIP
-    config = copy.deepcopy(all_methods["ovs3d-lite"])
+    config = copy.deepcopy(all_methods[method])
     config.data = config.pipeline.datamanager.data = scene
     config.output_dir, config.experiment_name, config.timestamp = out, "run", "t"
     config.max_num_iterations, config.vis = steps, "tensorboard"
-    config.pipeline.datamanager.train_num_rays_per_batch = 64
-    config.pipeline.datamanager.scales = (2.0, 3.0)
-    config.pipeline.datamanager.window_size = 4
-    model = config.pipeline.model
-    model.log2_hashmap_size = model.semantic_log2_hashmap_size = 11
-    model.num_levels = model.semantic_levels = 4
+    datamanager, model = config.pipeline.datamanager, config.pipeline.model
+    datamanager.scales, datamanager.window_size = (2.0, 3.0), 4
+    model.semantic_log2_hashmap_size, model.semantic_levels = 11, 4
     model.semantics_start, model.fda_start = 2, 4
+    if "splat" not in method:
+        datamanager.train_num_rays_per_batch = 64
+        model.log2_hashmap_size, model.num_levels = 11, 4
     for name, value in settings.items():
         *place, last = name.split("__")
         target = config
@@ -170,11 +170,12 @@ def train(
     save: int,
     load_dir: Path | None = None,
     die_in_save: tuple[int, int] = (0, 0),
+    die_in_step: int = -1,
     **settings,
 ) -> None:
     """`ns-train` with a `configured` config; writes its steps to `steps.txt`.
 
-    `die_in_save`: which save, and before which of its file operations; see `die_at`.
+    `die_in_save`: which save, and before which of its file operations; see `die_at`. `die_in_step`: kill -9 once it has begun.
     """
     from nerfstudio.scripts.train import main
 
@@ -188,6 +189,8 @@ def train(
     def logged(self, step):
         with (out / "steps.txt").open("a") as file:
             file.write(f"{step}\n")
+        if step == die_in_step:
+            os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, step)
 
     OVS3DPipeline.get_train_loss_dict = logged  # type: ignore[method-assign]
@@ -202,9 +205,9 @@ def train(
     main(config)
 
 
-def run_folder(out: Path) -> Path:
-    return out / "run" / "ovs3d-lite" / "t"
+def run_folder(out: Path, method: str = "ovs3d-lite") -> Path:
+    return out / "run" / method / "t"
 
 
-def checkpoint_folder(out: Path) -> Path:
-    return run_folder(out) / "nerfstudio_models"
+def checkpoint_folder(out: Path, method: str = "ovs3d-lite") -> Path:
+    return run_folder(out, method) / "nerfstudio_models"

@@ -1,13 +1,20 @@
 """The run that the slow tests share: the embedded scene, small, and `ovs3d-lite` trained on it for half a minute."""
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import av
 import children
+import numpy as np
 import pytest
 from bad_input import make_small_scene
 from children import TINY_CLIP as CLIP
@@ -49,6 +56,49 @@ def command(*words, cwd: Path, env: dict | None = None, ok: bool = True) -> subp
     if ok:
         assert done.returncode == 0, done.stdout[-4000:]
     return done
+
+
+@contextmanager
+def ns_viewer(config: Path, log: Path, *words, env: dict | None = None) -> Iterator[int]:
+    """`ns-viewer` on a run as a process that is at work within the block, where it must not fail; its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = Path(sys.executable).with_name("ns-viewer")
+    words = (program, "--load-config", config, "--viewer.websocket-port", port, *words)
+    with log.open("w") as file:
+        output = {"stdout": file, "stderr": file}
+        viewer = subprocess.Popen([*map(str, words)], cwd=log.parent, env={**os.environ, **(env or {})}, **output)
+    try:
+        deadline = time.time() + 120
+        while True:
+            try:
+                page = urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).read()
+                break
+            except OSError:
+                assert viewer.poll() is None and time.time() < deadline, log.read_text()[-3000:]
+                time.sleep(1)
+        assert b"<html" in page.lower()
+        yield port
+        assert viewer.poll() is None and "Traceback" not in log.read_text()
+    finally:
+        viewer.terminate()
+        viewer.wait(20)
+
+
+def camera_path(file: Path) -> Path:
+    """A path for `ns-render camera-path` of two pictures of 48 × 36."""
+    pose = np.eye(4)
+    pose[2, 3] = 1
+    path = {"render_height": 36, "render_width": 48, "seconds": 1, "fps": 2, "camera_type": "perspective"}
+    path["camera_path"] = [{"camera_to_world": pose.flatten().tolist(), "fov": 60, "aspect": 4 / 3}] * 2
+    file.write_text(json.dumps(path))
+    return file
+
+
+def frames(video: Path) -> list[np.ndarray]:
+    with av.open(str(video)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import viser.transforms
-from conftest import command
+from conftest import command, ns_viewer
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
@@ -62,36 +62,16 @@ def viewer(tmp_path_factory):
     opened.viser_server.stop()
 
 
-class Client:
-    """A browser on the viewer, looking from where the first held-out photo was taken."""
+class Visitor:
+    """A browser on the page of a viewer."""
 
-    def __init__(self, browser, viewer):
-        self.viewer = viewer
+    def __init__(self, browser, port: int):
         self.page: Page = browser.new_page(viewport={"width": 960, "height": 531})  # the picture is 640 × 480
         self.page.set_default_timeout(300_000)  # a busy machine is no mistake
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        known = set(viewer.viser_server.get_clients())
-        self.page.goto(f"http://127.0.0.1:{viewer.viser_server.get_port()}", wait_until="commit")
+        self.page.goto(f"http://127.0.0.1:{port}", wait_until="commit")
         self.page.get_by_text("Negatives").wait_for()
-        self.until(lambda: set(viewer.viser_server.get_clients()) - known)
-        (new,) = set(viewer.viser_server.get_clients()) - known
-        self.client = viewer.viser_server.get_clients()[new]
-        self.stand(viewer.pipeline.datamanager.eval_dataset.cameras[0])
-
-    def stand(self, camera) -> None:
-        """Looks as `camera` does, once the browser says so: while it starts, it may turn back to viser's first view."""
-        pose, view = camera.camera_to_worlds.numpy(), self.client.camera
-        turned = viser.transforms.SO3.from_matrix(pose[:, :3]) @ viser.transforms.SO3.from_x_radians(np.pi)
-
-        def stands() -> bool:
-            view.fov = float(2 * np.arctan(camera.height / 2 / camera.fy))
-            view.wxyz, view.position = turned.wxyz, pose[:, 3] * 10
-            asked = view.update_timestamp
-            self.page.wait_for_timeout(2000)
-            return view.update_timestamp > asked and np.allclose(view.position, pose[:, 3] * 10, atol=0.01)
-
-        self.until(lambda: stands() and np.allclose(self.client.camera.wxyz, turned.wxyz, atol=0.01))
 
     def until(self, true, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
@@ -132,13 +112,42 @@ class Client:
         if PICTURES:
             self.page.screenshot(path=str(Path(PICTURES) / f"{name}.png"), scale="css")
 
+    def colored(self, color: np.ndarray) -> np.ndarray:
+        """Where the picture has a colour of [0, 1], 480×640."""
+        return np.abs(self.look() - 255 * color).max(-1) < 48  # JPEG and the page's scaling mix neighbours
+
+
+class Client(Visitor):
+    """A browser on a viewer of this process, looking from where the first held-out photo was taken."""
+
+    def __init__(self, browser, viewer):
+        self.viewer, known = viewer, set(viewer.viser_server.get_clients())
+        super().__init__(browser, viewer.viser_server.get_port())
+        self.until(lambda: set(viewer.viser_server.get_clients()) - known)
+        (new,) = set(viewer.viser_server.get_clients()) - known
+        self.client = viewer.viser_server.get_clients()[new]
+        self.stand(viewer.pipeline.datamanager.eval_dataset.cameras[0])
+
+    def stand(self, camera) -> None:
+        """Looks as `camera` does, once the browser says so: while it starts, it may turn back to viser's first view."""
+        pose, view = camera.camera_to_worlds.numpy(), self.client.camera
+        turned = viser.transforms.SO3.from_matrix(pose[:, :3]) @ viser.transforms.SO3.from_x_radians(np.pi)
+
+        def stands() -> bool:
+            view.fov = float(2 * np.arctan(camera.height / 2 / camera.fy))
+            view.wxyz, view.position = turned.wxyz, pose[:, 3] * 10
+            asked = view.update_timestamp
+            self.page.wait_for_timeout(2000)
+            return view.update_timestamp > asked and np.allclose(view.position, pose[:, 3] * 10, atol=0.01)
+
+        self.until(lambda: stands() and np.allclose(self.client.camera.wxyz, turned.wxyz, atol=0.01))
+
     def lit(self, prompt: str) -> np.ndarray:
         """Where the picture has the colour of `prompt`, 480×640."""
         segmenter = self.viewer.pipeline.prompt_panel.live.question.segmenter
         if prompt not in segmenter.prompts:  # a click on the page has not come here yet
             return np.zeros((480, 640), bool)
-        color = 255 * segmenter.colors[segmenter.prompts.index(prompt)].numpy()
-        return np.abs(self.look() - color).max(-1) < 48  # JPEG and the page's scaling mix neighbours
+        return self.colored(segmenter.colors[segmenter.prompts.index(prompt)].numpy())
 
 
 @pytest.fixture
@@ -273,3 +282,33 @@ def test_a_click_names_the_thing_and_more_like_it_are_found(client, viewer):
     client.press("Only")
     client.until(lambda: "hidden" in client.page.locator("table").first.inner_text())
     client.photograph("only-clicked")
+
+
+def test_ns_viewer_hides_gaussians_of_a_splat_at_once(chromium, viewer, tmp_path):
+    """As a process, on a splat that begins with the run of the other tests, so that it needs no training of semantics."""
+    nerf = viewer.log_filename.with_name("run") / "ovs3d-lite"
+    words = ["ns-train", "ovs3d-splat-lite", "--data", viewer.datapath, "--output-dir", tmp_path, "--timestamp", "t"]
+    words += ["--experiment-name", "run", "--vis", "tensorboard", "--max-num-iterations", 40]
+    command(*words, "--pipeline.model.init-from", nerf / "t", cwd=tmp_path)
+    config = tmp_path / "run" / "ovs3d-splat-lite" / "t" / "config.yml"
+    prompts = viewer.pipeline.model.segmenter.prompts
+    colors = dict(zip(prompts, viewer.pipeline.model.segmenter.colors.numpy(), strict=True))
+    with ns_viewer(config, tmp_path / "log") as port:
+        visitor = Visitor(chromium, port)
+        visitor.choose("Output type", "segmentation")
+
+        def shares() -> dict[str, float]:
+            picture = visitor.look()
+            return {name: float((np.abs(picture - 255 * c).max(-1) < 48).mean()) for name, c in colors.items()}
+
+        visitor.until(lambda: max(shares().values()) > 0.05)
+        most = max(colors, key=shares().__getitem__)
+        visitor.choose("Prompt", most)
+        visitor.press("Hide")
+        visitor.until(lambda: shares()[most] < 0.005)
+        visitor.press("Only")
+        visitor.until(lambda: shares()[most] > 0.05)
+        visitor.until(lambda: max(share for name, share in shares().items() if name != most) < 0.005)
+        visitor.photograph("splat")
+        assert not visitor.errors
+        visitor.page.close()

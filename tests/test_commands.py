@@ -1,28 +1,19 @@
 """nerfstudio's own commands on a run of ours, without feature cache and without the encoders' packages."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
-import av
 import numpy as np
 import open3d
 import pytest
 import yaml
-from conftest import command
+from conftest import camera_path, command, frames, ns_viewer
 from PIL import Image
 
 pytestmark = pytest.mark.slow
-
-
-def frames(video: Path) -> list[np.ndarray]:
-    with av.open(str(video)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 def test_training_says_what_it_takes_and_makes(trained):
@@ -76,13 +67,8 @@ def test_ns_render_dataset_writes_every_output(bare, tmp_path):
 def test_ns_render_camera_path_shows_a_relevancy(bare, tmp_path, scene):
     config, env = bare
     prompt = (scene / "segmentations" / "classes.txt").read_text().split("\n")[0]
-    pose = np.eye(4)
-    pose[2, 3] = 1
-    path = {"render_height": 36, "render_width": 48, "seconds": 1, "fps": 2, "camera_type": "perspective"}
-    path["camera_path"] = [{"camera_to_world": pose.flatten().tolist(), "fov": 60, "aspect": 4 / 3}] * 2
-    (tmp_path / "path.json").write_text(json.dumps(path))
     output = "relevancy_" + "_".join(prompt.split())
-    words = ["--camera-path-filename", tmp_path / "path.json", "--output-path", tmp_path / "out.mp4"]
+    words = ["--camera-path-filename", camera_path(tmp_path / "path.json"), "--output-path", tmp_path / "out.mp4"]
     command(
         "ns-render",
         "camera-path",
@@ -120,25 +106,5 @@ def test_ns_export_pointcloud_carries_the_segmentation(bare, tmp_path):
 
 def test_ns_viewer_opens(bare, tmp_path):
     config, env = bare
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = Path(sys.executable).with_name("ns-viewer")
-    log = (tmp_path / "log").open("w")
-    words = [program, "--load-config", config, "--viewer.websocket-port", str(port)]
-    viewer = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, **env}, stdout=log, stderr=log)
-    try:
-        deadline = time.time() + 120
-        while True:
-            try:
-                page = urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).read()
-                break
-            except OSError:
-                assert viewer.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(1)
-        assert b"<html" in page.lower()
+    with ns_viewer(config, tmp_path / "log", env=env):
         time.sleep(3)
-        assert viewer.poll() is None and "Traceback" not in (tmp_path / "log").read_text()
-    finally:
-        viewer.terminate()
-        viewer.wait(20)

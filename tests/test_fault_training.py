@@ -19,23 +19,37 @@ from ovs3d_nerfstudio.engine.checkpoints import checkpoints, read_checkpoint
 pytestmark = pytest.mark.slow
 
 STEPS, SAVE = 10, 2
+SPLAT = {
+    "method": "ovs3d-splat-lite",
+    "steps": 24,
+    "pipeline__datamanager__find_seeds": False,
+    "pipeline__model__num_random": 500,
+    "pipeline__model__random_scale": 1.0,
+    "pipeline__model__warmup_length": 4,
+    "pipeline__model__refine_every": 2,
+    "pipeline__model__stop_split_at": 100,
+    "pipeline__model__densify_grad_thresh": 1e-5,
+    "pipeline__model__semantics_start": 18,
+    "pipeline__model__fda_start": 20,
+}
+"""Gaussians at random, which come and go in steps 10 to 17 and stand still from then on."""
 DISK_SIZE = "20m"
 
 
 class Training:
     """Runs of one folder: what a user does who starts again after each fault."""
 
-    def __init__(self, folder: Path, scene: Path, weights: Path):
-        self.out, self.scene, self.weights = folder / "out", scene, weights
-        self.models = checkpoint_folder(self.out)
+    def __init__(self, folder: Path, scene: Path, weights: Path, **settings):
+        self.out, self.scene, self.weights, self.settings = folder / "out", scene, weights, {"steps": STEPS, **settings}
+        self.models = checkpoint_folder(self.out, self.settings.get("method", "ovs3d-lite"))
         self.out.mkdir()
         self.runs = 0
 
     def start(self, **settings) -> children.Child:
         self.runs += 1
         load_dir = self.models if checkpoints(self.models) else None
-        arguments = {"steps": STEPS, "save": SAVE, "load_dir": load_dir, "relative_model_dir": self.models.absolute()}
-        arguments = {**arguments, **children.specs(self.weights), **settings}
+        arguments = {"save": SAVE, "load_dir": load_dir, "relative_model_dir": self.models.absolute()}
+        arguments = {**arguments, **children.specs(self.weights), **self.settings, **settings}
         return children.start(self.out / f"log {self.runs}", children.train, self.scene, self.out, **arguments)
 
     def steps(self) -> list[int]:
@@ -93,11 +107,11 @@ def assert_same(result: dict, reference: dict) -> None:
 
 def finish(training: Training, reference: dict, kills: int) -> None:
     """Starts once more and asserts that the run ends as if nothing had been."""
-    child = training.start()
+    child, steps = training.start(), training.settings["steps"]
     assert child.end() == 0, child.text
-    assert training.check() == STEPS - 1 and not training.litter()
+    assert training.check() == steps - 1 and not training.litter()
     trained = training.steps()
-    assert sorted(set(trained)) == list(range(STEPS)) and len(trained) <= STEPS + (SAVE + 1) * kills
+    assert sorted(set(trained)) == list(range(steps)) and len(trained) <= steps + (SAVE + 1) * kills
     assert_same(training.result(), reference)
 
 
@@ -120,6 +134,29 @@ def test_kills_at_random_instants_cost_the_steps_since_the_last_save(training, r
                 assert saved >= before and lost <= SAVE + 1
                 row.lost += lost
         finish(training, reference, kills)
+
+
+def test_kills_cost_a_splat_the_steps_since_the_last_save_while_gaussians_come_and_go_and_behind_that(
+    scene, weights, tmp_path, tally
+):
+    data = shutil.copytree(scene, tmp_path / "scene", ignore=shutil.ignore_patterns(".ovs3d-cache"))
+    trainings = []
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+        trainings.append(Training(tmp_path / name, data, weights, **SPLAT))
+    undisturbed, training = trainings
+    child = undisturbed.start()
+    assert child.end() == 0, child.text
+    for step in (13, 21):
+        with tally.of("`kill -9` while a splat is trained", "steps") as row:
+            child = training.start(die_in_step=step)
+            assert child.end() == -signal.SIGKILL, child.text
+            saved = training.check()
+            assert step - SAVE - 1 <= saved < step
+            row.lost += step - saved
+        count = len(read_checkpoint(checkpoints(training.models)[0])["pipeline"]["_model.gauss_params.means"])
+        assert count != SPLAT["pipeline__model__num_random"]
+    finish(training, undisturbed.result(), 2)
 
 
 def test_a_kill_before_any_file_operation_of_a_save_leaves_a_whole_checkpoint(training, reference, soak, tally):

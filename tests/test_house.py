@@ -109,3 +109,29 @@ def test_what_a_user_can_mend_is_one_class():
     assert bases.pop("UserError") == ["Exception"] and len(bases) >= 10
     assert set(map(tuple, bases.values())) == {("UserError",)}
     assert not ARROWS["errors"]
+
+
+def test_benchmarks_take_from_the_house_what_is_there():
+    """Most of them run only when somebody measures, and nothing else would notice."""
+    lacking = []
+    for file in sorted((ROOT.parent / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == NAME:
+                module = (node.module or "").partition(".")[2]
+                known = names_in(module)
+                lacking += [f"{file.name}: {module}.{alias.name}" for alias in node.names if alias.name not in known]
+    assert not lacking
+
+
+def names_in(module: str) -> set[str]:
+    """What can be imported from a module of ours; nothing where there is none."""
+    room = module and f"{module}."
+    below = {name.removeprefix(room).partition(".")[0] for name in TREES if name.startswith(room)}
+    for node in ast.walk(TREES.get(module, ast.Module([], []))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            below.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            below.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            below |= {alias.asname or alias.name for alias in node.names}
+    return below

@@ -11,6 +11,7 @@ import gsplat
 import pytest
 import torch
 from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci, _spherical_harmonics
+from nerfstudio.viewer_legacy.server.viewer_utils import SetTrace
 from torch import Tensor
 
 from ovs3d_nerfstudio.gaussians.plan import plan_views
@@ -471,3 +472,20 @@ def test_a_plan_on_cuda_is_gsplat_s_picture_and_its_window_a_part_of_it():
     torch.testing.assert_close(whole_alphas, alphas, rtol=0, atol=1e-3)
     part, _ = plan_views(**tensors, width=WIDTH, height=HEIGHT, window=(16, 16, 21, 15)).composite(colors)
     torch.testing.assert_close(part, whole[:, 16:31, 16:37], rtol=0, atol=1e-3)
+
+
+def test_a_viewer_that_interrupts_renders_leaves_no_half_of_a_compiler_behind():
+    """nerfstudio's raises at any traced line: none is traced where numba is imported and where it compiles."""
+    seen = set()
+
+    def trace(frame, event, arg):
+        seen.add(frame.f_code.co_name)
+        return trace
+
+    tensors = scene(dtype=torch.float32)
+    values, before = tensors.pop("colors"), sys.gettrace()
+    with SetTrace(trace):
+        plan_views(*tensors.values(), WIDTH, HEIGHT).composite(values)
+        assert sys.gettrace() is trace
+    sys.settrace(before)
+    assert "composite" in seen and not {"may_be_seen", "bin_gaussians", "plan_views", "composite_visible"} & seen

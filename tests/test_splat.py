@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from asking import answers_are_those_of_its_pictures, the_catalogue_is_whole
-from conftest import command
+from conftest import camera_path, command, frames
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.scripts.exporter import ExportGaussianSplat
+from nerfstudio.scripts.render import RenderCameraPath, RenderInterpolated, SpiralRender
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 from plyfile import PlyData, PlyElement
@@ -20,6 +21,7 @@ from training import Trained, train_steps
 
 from ovs3d_nerfstudio.cli.labels import read_labels
 from ovs3d_nerfstudio.data.frames import frame_of
+from ovs3d_nerfstudio.demo import run as demo
 from ovs3d_nerfstudio.demo.raycast import cast
 from ovs3d_nerfstudio.demo.scene import demo_solids, train_cameras
 from ovs3d_nerfstudio.engine.checkpoints import read_checkpoint
@@ -105,6 +107,23 @@ def test_nerfstudios_commands_take_it_as_a_splat(run, tmp_path):
     )  # nerfstudio drops what is hardly there
 
 
+def test_ns_render_makes_videos_of_it(run, tmp_path):
+    """The other modes, by nerfstudio's own code and in this process, which spares the seconds of importing."""
+    wanted = {"load_config": run, "rendered_output_names": ["rgb", "segmentation"]}
+    path = camera_path(tmp_path / "path.json")
+    modes = {
+        "interpolate": RenderInterpolated(**wanted, interpolation_steps=1),
+        "spiral": SpiralRender(**wanted, seconds=1, frame_rate=3),
+        "camera-path": RenderCameraPath(**wanted, camera_path_filename=path),
+    }
+    for name, mode in modes.items():
+        mode.output_path = tmp_path / f"{name}.mp4"
+        mode.main()
+        video = frames(mode.output_path)
+        height, width = (36, 48) if name == "camera-path" else (72, 96)
+        assert len(video) >= 2 and video[0].shape == (height, 2 * width, 3), name
+
+
 def test_our_commands_take_it_too(run, tmp_path, ovs3d):
     figures = tmp_path / "m.json"
     assert ovs3d("eval", "--load-config", run, "--output-path", figures, "--no-pictures")[0] == 0
@@ -161,6 +180,27 @@ def test_a_cloud_lies_on_what_is_there(run, pointed, tmp_path, ovs3d):
     nearest = torch.cdist(torch.from_numpy(cloud), torch.from_numpy(true)).amin(1)
     diagonal = np.linalg.norm(np.ptp(true, axis=0))
     assert (nearest < 0.02 * diagonal).float().mean() > 0.9
+
+
+def test_the_demo_shows_what_both_geometries_say(run, trained, tmp_path, monkeypatch):
+    """With these runs in place of those that it would train."""
+    folder, typed, runs = tmp_path / "demo", [], {"ovs3d-lite": trained[0], "ovs3d-splat-lite": run}
+
+    def nerfstudio(name, method, *words):
+        typed.append((name, method))
+        assert words[words.index("--output-dir") + 1] == folder and words[-2:] == ("--max-num-iterations", 9)
+        shutil.copytree(runs[method].parent, folder / "run" / method)
+        assert not (folder / "stills.png").exists() or method == "ovs3d-splat-lite"
+
+    monkeypatch.setattr(demo, "make_scene", lambda folder: folder)
+    monkeypatch.setattr(demo, "nerfstudio", nerfstudio)
+    assert demo.run_demo(folder, 9, video=False) == folder / "run" / "ovs3d-lite" / "config.yml"
+    assert typed == [("ns-train", "ovs3d-lite"), ("ns-train", "ovs3d-splat-lite")]
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert figures["splat"].keys() == {"test", "train"} == figures.keys() - {"splat"}
+    assert figures["splat"]["test"]["psnr"] > 20 and figures["splat"]["test"]["miou"] != figures["test"]["miou"]
+    width, height = Image.open(folder / "stills.png").size
+    assert width > 4 * 96 and height >= 3 * 72 and (folder / "legend.png").exists()
 
 
 def test_prompts_of_the_moment_and_a_click_in_the_viewer(opened):
@@ -276,6 +316,7 @@ def test_every_loss_takes_part_and_geometry_stands_still_once_semantics_begin(al
 def test_the_same_seed_on_one_thread_gives_the_same_run(alone, pointed):
     again = train_steps(config_of(pointed, semantics_start=12, fda_start=14), 20)
     assert again.losses == alone.losses
+    assert all(torch.equal(value, alone.snapshots[20][name]) for name, value in again.snapshots[20].items())
 
 
 def test_gaussians_come_and_go_and_a_checkpoint_brings_them_back(pointed):

@@ -1,4 +1,5 @@
-"""The demo: makes the embedded scene, trains `ovs3d-lite` on it with the offline encoder, and leaves pictures to look at.
+"""The demo: makes the embedded scene, trains `ovs3d-lite` and `ovs3d-splat-lite` on it with the offline encoder, and leaves
+pictures to look at.
 
 Every step is a command that a user would type; this file only types them and lays the results side by side.
 """
@@ -9,7 +10,9 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,64 +21,96 @@ from ovs3d_nerfstudio.demo.scene import make_scene
 from ovs3d_nerfstudio.engine.threads import let_sleep
 from ovs3d_nerfstudio.files import written_beside
 
-RUN = Path("run") / "ovs3d-lite"
+NERF, SPLAT = "ovs3d-lite", "ovs3d-splat-lite"
 
 
-def run_demo(folder: Path, steps: int | None = None, video: bool = True) -> Path:
-    """Leaves `video.mp4`, `stills.png`, `legend.png`, `metrics.json` and the run in `folder`; returns the run's config.
+@dataclass
+class Judged:
+    """A run of the demo, and how well it does in both protocols."""
+
+    config: Path
+    metrics: dict[str, Any]
+    """By split, see `evaluate_split`."""
+    views: list
+    """The held-out ones, a `SegmentedView` each."""
+    prompts: list[str]
+    colors: np.ndarray
+
+
+def run_demo(folder: Path, steps: int | None = None, video: bool = True, splat: bool = True) -> Path:
+    """Leaves `video.mp4`, `stills.png`, `legend.png`, `metrics.json` and the runs in `folder`; returns the NeRF's config.
 
     Args:
-        steps: training steps; default: those of `ovs3d-lite`.
+        steps: training steps; default: those of each method.
         video: whether to render the video, the slowest picture.
+        splat: whether to train Gaussians too.
     """
     started = time.time()
     let_sleep()
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"The demo scene: {make_scene(folder / 'scene')}")
-    train = ["ovs3d-lite", "--data", folder / "scene", "--output-dir", folder, "--experiment-name", RUN.parts[0]]
-    train += ["--timestamp", ".", "--vis", "tensorboard"]
-    if steps is not None:
-        train += ["--max-num-iterations", steps]
-    nerfstudio("ns-train", *train)
-    config = folder / RUN / "config.yml"
-    leave_pictures(config, folder)
+    runs = [judged(trained(NERF, folder, steps))]
+    leave_pictures(folder, *runs)
+    config = runs[0].config
     if video:
         frames = ["--rendered-output-names", "rgb", "segmentation", "segmentation_overlay", "--interpolation-steps", 6]
         frames += ["--downscale-factor", 2]  # a quarter of the pixels: a frame takes a second or two on two cores
         nerfstudio("ns-render", "interpolate", "--load-config", config, "--output-path", folder / "video.mp4", *frames)
-    score = json.loads((folder / "metrics.json").read_text())["test"]
-    minutes = (time.time() - started) / 60
-    print(f"Held-out mIoU {score['miou']:.3f}, pixel accuracy {score['pixel_accuracy']:.3f}, in {minutes:.1f} minutes.")
+    if splat:
+        runs.append(judged(trained(SPLAT, folder, steps)))
+        leave_pictures(folder, *runs)
+    for run in runs:
+        score = run.metrics["test"]
+        print(f"{run.config.parent.name}: held-out mIoU {score['miou']:.3f}, PSNR {score['psnr']:.1f} dB.")
+    print(f"All of it took {(time.time() - started) / 60:.1f} minutes.")
     print(
         f"Look at {folder / 'stills.png'}, {folder / 'legend.png'}"
         + (f" and {folder / 'video.mp4'}." if video else ".")
     )
-    print(f"Metrics: {folder / 'metrics.json'}. Walk through it: ns-viewer --load-config {config}")
+    print(f"Metrics: {folder / 'metrics.json'}. Walk through it: ns-viewer --load-config {runs[-1].config}")
     return config
 
 
-def leave_pictures(config: Path, folder: Path) -> None:
-    """Evaluates the run in both protocols and writes `stills.png`, `legend.png` and `metrics.json`."""
+def trained(method: str, folder: Path, steps: int | None) -> Path:
+    """The config of a training on the scene in `folder`; the second one finds its features cached."""
+    words = [method, "--data", folder / "scene", "--output-dir", folder, "--experiment-name", "run"]
+    words += ["--timestamp", ".", "--vis", "tensorboard"]
+    if steps is not None:
+        words += ["--max-num-iterations", steps]
+    nerfstudio("ns-train", *words)
+    return folder / "run" / method / "config.yml"
+
+
+def judged(config: Path) -> Judged:
+    """Evaluates a run in both protocols."""
     # Imported here: nerfstudio takes seconds to import, and making the scene needs none of it.
     from nerfstudio.utils.eval_utils import eval_setup
 
-    from ovs3d_nerfstudio.evaluation.splits import evaluate_split, stills
+    from ovs3d_nerfstudio.evaluation.splits import evaluate_split
     from ovs3d_nerfstudio.pipeline import OVS3DPipeline
-    from ovs3d_nerfstudio.prompts.palette import save_legend
 
     _, pipeline, _, _ = eval_setup(config)
     assert isinstance(pipeline, OVS3DPipeline)
-    metrics, rows = {}, []
-    for split in ("test", "train"):
-        metrics[split], views = evaluate_split(pipeline, split)
-        if split == "test":
-            rows = views
+    test, views = evaluate_split(pipeline, "test")
+    train, _ = evaluate_split(pipeline, "train")
     segmenter = pipeline.model.segmenter
+    return Judged(
+        config, {"test": test, "train": train}, views, list(segmenter.prompts), segmenter.colors.cpu().numpy()
+    )
+
+
+def leave_pictures(folder: Path, nerf: Judged, splat: Judged | None = None) -> None:
+    """Writes `stills.png`, `legend.png` and `metrics.json`: by split for the NeRF, and the same as `splat`."""
+    from ovs3d_nerfstudio.evaluation.splits import stills
+    from ovs3d_nerfstudio.prompts.palette import save_legend
+
+    metrics = nerf.metrics | ({"splat": splat.metrics} if splat else {})
     with written_beside(folder / "metrics.json") as beside:
         beside.write_text(json.dumps(metrics, indent=2) + "\n")
-    Image.fromarray(stills(rows, segmenter.prompts, segmenter.colors.cpu().numpy())).save(folder / "stills.png")
-    save_legend(folder / "legend.png", segmenter.prompts, np.asarray(segmenter.colors.cpu()))
+    page = stills(nerf.views, nerf.prompts, nerf.colors, others=[splat.views] if splat else [])
+    Image.fromarray(page).save(folder / "stills.png")
+    save_legend(folder / "legend.png", nerf.prompts, nerf.colors)
 
 
 def nerfstudio(command: str, *arguments: object) -> None:

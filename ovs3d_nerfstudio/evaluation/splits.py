@@ -101,15 +101,23 @@ def evaluate_split(pipeline: OVS3DPipeline, split: Literal["test", "train"]) -> 
 
 
 def stills(
-    views: Sequence[SegmentedView], prompts: Sequence[str], colors: Float[np.ndarray, "C 3"], rows: int = 4
+    views: Sequence[SegmentedView],
+    prompts: Sequence[str],
+    colors: Float[np.ndarray, "C 3"],
+    rows: int = 4,
+    others: Sequence[Sequence[SegmentedView]] = (),
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Photo | truth | segmentation of up to `rows` views one below the other, with the legend at the right."""
-    chosen = [views[i] for i in np.linspace(0, len(views) - 1, min(rows, len(views))).astype(int)]
-    height, width = chosen[0].photo.shape[:2]
+    """Photo | truth | segmentation of up to `rows` views one below the other, with the legend at the right.
+
+    `others` are the same views by other runs of these prompts, whose segmentations stand to the right of the first.
+    """
+    chosen = np.linspace(0, len(views) - 1, min(rows, len(views))).astype(int)
+    height, width = views[0].photo.shape[:2]
     gap = 4
     lines = []
-    for view in chosen:
-        pictures = [view.photo, *(_painted(labels, colors) for labels in (view.truth, view.prediction))]
+    for i in chosen:
+        maps = [views[i].truth, views[i].prediction, *(run[i].prediction for run in others)]
+        pictures = [views[i].photo, *(_painted(labels, colors) for labels in maps)]
         resized = [np.array(Image.fromarray(p).resize((width, height), Image.Resampling.NEAREST)) for p in pictures]
         lines.append(np.concatenate([np.pad(p, ((0, gap), (0, gap), (0, 0)), constant_values=255) for p in resized], 1))
     sheet = np.concatenate(lines)

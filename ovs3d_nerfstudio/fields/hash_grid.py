@@ -12,8 +12,6 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from subprocess import SubprocessError
 from typing import Any, Literal
 
@@ -22,29 +20,12 @@ from jaxtyping import Float
 from nerfstudio.field_components.encodings import HashEncoding
 from torch import Tensor, nn
 
+from ovs3d_nerfstudio.compiled import untraced
 from ovs3d_nerfstudio.fields import hash_grid_torch
 from ovs3d_nerfstudio.fields.hash_grid_numba import NumbaBackend, huge_page_copy
 from ovs3d_nerfstudio.memory import is_out_of_memory
 
 __all__ = ["FastHashEncoding", "use_fast_hash_grids"]
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    """Nobody interrupts what runs in here.
-
-    nerfstudio's viewer ends a render that is out of date by an exception from `sys.settrace`, at whatever line is next:
-    that must not be one of an import or of a compiler's, which would leave half of it behind.
-    """
-    trace = sys.gettrace()
-    if trace is None:
-        yield
-        return
-    sys.settrace(None)
-    try:
-        yield
-    finally:
-        sys.settrace(trace)
 
 
 @functools.cache
@@ -90,7 +71,7 @@ class _HashGrid(torch.autograd.Function):
         ctx.backend = backend
         if len(positions) == 0:
             return positions.new_empty(0, len(scalings) * table.shape[1])
-        with _untraced():  # the first call compiles
+        with untraced():  # the first call compiles
             return backend.forward(positions, table, scalings)
 
     @staticmethod
@@ -171,7 +152,7 @@ class FastHashEncoding(HashEncoding):
         table = self.hash_table
         if in_tensor.device != table.device:
             return super().forward(in_tensor)
-        with _untraced():
+        with untraced():
             backend = _backend(table.device)
         # Half-precision positions are scaled in float32 by the reference too (its scalings are float32).
         dtype = torch.promote_types(torch.promote_types(in_tensor.dtype, table.dtype), torch.float32)

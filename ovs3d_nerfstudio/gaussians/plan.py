@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ovs3d_nerfstudio.compiled import untraced
 from ovs3d_nerfstudio.gaussians import cuda_tiles
 from ovs3d_nerfstudio.gaussians.binning import TILE, Bins, bin_gaussians, may_be_seen
 from ovs3d_nerfstudio.gaussians.compositing import composite
@@ -63,6 +64,7 @@ class Plan:
         visible = _rows(values, self.gaussians) if values.dim() == 2 else values[self.cameras, self.gaussians]
         return self.composite_visible(visible, backgrounds, absgrad)
 
+    @untraced()  # the first call compiles
     def composite_visible(
         self, values: Float[Tensor, "m x"], backgrounds: Float[Tensor, "c x"] | None = None, absgrad: bool = False
     ) -> tuple[Float[Tensor, "c h w x"], Float[Tensor, "c h w 1"]]:
@@ -91,6 +93,7 @@ class Plan:
         return rows if isinstance(self.bins, CudaBins) else _rows(rows, torch.from_numpy(self.bins.flat))
 
 
+@untraced()
 def plan_views(
     means: Float[Tensor, "n 3"],
     quats: Float[Tensor, "n 4"] | None,
