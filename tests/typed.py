@@ -11,26 +11,37 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from unittest import mock
 
+import nbformat
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOUR = ROOT / "docs" / "tour.ipynb"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), TOUR]
+
+
+def text_of(page: Path) -> str:
+    """A page's Markdown, a notebook's without its code."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    return "\n\n".join(cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown")
 
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a page in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), re.M | re.S)
 
 
 def typed(page: Path) -> list[list[str]]:
     """The words of each command in a page's blocks of bash."""
-    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    lines = [line for block in blocks(page, "bash") for line in re.split(r"\n| && ", block.replace("\\\n", " "))]
+    commands = [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    return [[words[0].removeprefix(".venv/bin/"), *words[1:]] for words in commands]
 
 
 def spans(page: Path) -> list[list[str]]:
     """The words of each piece of code within a page's text."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S)
     return [words for words in map(_words, re.findall(r"`([^`]+)`", text)) if words]
 
 
