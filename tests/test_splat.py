@@ -13,7 +13,7 @@ from asking import answers_are_those_of_its_pictures, the_catalogue_is_whole
 from conftest import camera_path, command, frames
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.scripts.exporter import ExportGaussianSplat
-from nerfstudio.scripts.render import RenderCameraPath, RenderInterpolated, SpiralRender
+from nerfstudio.scripts.render import RenderCameraPath, RenderInterpolated
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 from plyfile import PlyData, PlyElement
@@ -108,12 +108,11 @@ def test_nerfstudios_commands_take_it_as_a_splat(run, tmp_path):
 
 
 def test_ns_render_makes_videos_of_it(run, tmp_path):
-    """The other modes, by nerfstudio's own code and in this process, which spares the seconds of importing."""
+    """By nerfstudio's own code in this process, which spares the seconds of importing. Its spiral refuses every splat."""
     wanted = {"load_config": run, "rendered_output_names": ["rgb", "segmentation"]}
     path = camera_path(tmp_path / "path.json")
     modes = {
         "interpolate": RenderInterpolated(**wanted, interpolation_steps=1),
-        "spiral": SpiralRender(**wanted, seconds=1, frame_rate=3),
         "camera-path": RenderCameraPath(**wanted, camera_path_filename=path),
     }
     for name, mode in modes.items():
@@ -132,6 +131,9 @@ def test_our_commands_take_it_too(run, tmp_path, ovs3d):
     assert ovs3d("render", "dataset", *words, "--without", "a cat")[0] == 0
     labels = [read_labels(path) for path in (tmp_path / "r").rglob("labels/*.png")]
     assert len(labels) == 3 and set(np.unique(labels)) == {-1, 1}
+    words = ["--load-config", run, "--output-path", tmp_path / "s.mp4", "--rendered-output-names", "segmentation"]
+    assert ovs3d("render", "spiral", *words, "--seconds", 1, "--frame-rate", 2)[0] == 0
+    assert [frame.shape for frame in frames(tmp_path / "s.mp4")] == 2 * [(72, 96, 3)]
     words = ["--load-config", run, "--output-dir", tmp_path / "c", "--num-points", 4000]
     assert ovs3d("export", "pointcloud", *words)[0] == 0
     assert len(PlyData.read(tmp_path / "c" / "point_cloud.ply")["vertex"]) > 3000

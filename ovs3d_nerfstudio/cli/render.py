@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Union
 from unittest import mock
 
@@ -279,8 +280,21 @@ class RenderInterpolated(_Asking, render.RenderInterpolated):
 class RenderSpiral(_Asking, render.SpiralRender):
     """Render a spiral about the first held-out photo."""
 
+    def main(self) -> None:
+        """As ns-render's, which knows datamanagers of rays alone and refuses every splat."""
+        with mock.patch.object(render, "VanillaDataManager", object):
+            super().main()
+
     def held_out(self) -> bool:
         return True
+
+    def _setup(self, *arguments: Any, **options: Any) -> Any:
+        opened = super()._setup(*arguments, **options)
+        datamanager = opened[1].datamanager
+        if not hasattr(datamanager, "eval_dataloader"):
+            first = datamanager.eval_dataset.cameras[0:1].to(opened[1].device)
+            datamanager.eval_dataloader = SimpleNamespace(get_camera=lambda image_idx: (first, None))
+        return opened
 
 
 Command = tyro.conf.FlagConversionOff[
