@@ -30,7 +30,7 @@ AROUND_NEAR = 0.4
 """Start all around: near plane, as a share of the way from a close camera to the common point."""
 
 THIN, DENSE = 0.1, 1.5
-"""How many times less and more fog than by the capture is worth a try: twice as much has cost 6 dB, ten times less 1 dB."""
+"""How many times less and more fog than by the capture is worth a try: twice as much has cost 6 dB, a sixth 1 dB, before points told depth."""
 
 
 @dataclass(frozen=True)
