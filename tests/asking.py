@@ -48,7 +48,8 @@ def answers_are_those_of_its_pictures(run: Run, scene: Path, depth_error: float 
     z = shown["depth"][..., 0].cpu()
     if not run.is_splat:  # along the ray
         z = z * (cameras[2:3].generate_rays(0).directions @ -cameras.camera_to_worlds[2, :, 2]).view_as(z)
-    assert np.allclose(view.depth[there] * run.frame.scale, z.numpy()[there], rtol=0.01)
+    # A NeRF's is the median along the ray, which jumps where two things weigh the same.
+    assert np.isclose(view.depth[there] * run.frame.scale, z.numpy()[there], rtol=0.01).mean() > 0.98
     # Depth and where it leads to, as the scene truly is.
     _, depth = true_view(scene, 2)
     seen = there & np.isfinite(depth)

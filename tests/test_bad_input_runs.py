@@ -261,8 +261,7 @@ def test_an_encoder_that_cannot_be_had_is_refused(run, tmp_path, capsys, checkpo
     config = small_config(tmp_path / "scene")
     for name, good in {**checkpoints, option: spec}.items():
         setattr(config.pipeline, name, good)
-    pipeline = opened(config)
-    refused(capsys, tmp_path, lambda: pipeline.get_train_loss_dict(0), said)
+    refused(capsys, tmp_path, lambda: opened(config).get_train_loss_dict(0), said)
 
 
 def test_an_encoder_whose_package_is_broken_is_refused_by_name(tmp_path, monkeypatch, capsys):
@@ -290,7 +289,7 @@ def test_without_held_out_photos_evaluation_says_so(run, tmp_path, capsys):
     config, _ = resumed(run)
     pipeline = opened(config, "test")
     refused(capsys, tmp_path, pipeline.get_average_eval_image_metrics, ["No photo", "is held out"])
-    for mode in ("dataset", "interpolate", "spiral"):
+    for mode in ("dataset", "spiral"):
         refused(capsys, tmp_path, lambda: main(["render", mode, "--load-config", str(run)]), "is held out")  # noqa: B023
     pipeline = opened(config)
     pipeline.get_train_loss_dict(0)

@@ -10,7 +10,6 @@ from conftest import command
 from PIL import Image
 
 from ovs3d_nerfstudio import __version__
-from ovs3d_nerfstudio.cli import demo
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_the_command_is_installed_and_explains_itself(tmp_path):
 
 def test_demo_runs_what_it_is_told(ovs3d, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(demo, "run_demo", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("ovs3d_nerfstudio.demo.run.run_demo", lambda *arguments: calls.append(arguments))
     assert ovs3d("demo", "--folder", tmp_path / "d", "--steps", 7, "--no-video", "--no-splat")[0] == 0
     assert calls == [(tmp_path / "d", 7, False, False)]
     status, printed = ovs3d("demo", "--steps", 0)

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from nerfstudio.viewer.viewer_elements import ViewerClick
 from PIL import Image
 from rich.console import Console
+from test_answers import plain_question
 from test_features import ColorEncoder, PixelTokens
 from test_hash_grid_torch import Allocated
-from test_viewer import live, plain_question, seen, viewer  # noqa: F401 (fixtures)
+from test_viewer import live, seen, viewer  # noqa: F401 (fixtures)
 from torch import Tensor
 
 from ovs3d_nerfstudio.encoders import base

@@ -180,8 +180,9 @@ class ExportMesh(BoxOptions, _Export):
                 raise CommandError(f"There is no surface in {self.named_box()}; choose another one.")
             raise CommandError("Two views of this run agree on no surface; train it longer before you export it.")
         labels, probability = run.winners_at(found.vertices, frame="model")
-        stays = self.stays[labels]
-        found, labels, probability = found.only(stays), labels[stays], probability[stays]
+        if not self.stays.all():
+            found = found.only(self.stays[labels])
+            labels, probability = run.winners_at(found.vertices, frame="model")
         if given is not None or self.color == "class":
             found.colors = colorize(labels, run.colors)
         self._write(self.output_dir / "mesh.ply", found, labels, probability, run.frame)

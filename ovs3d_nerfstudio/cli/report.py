@@ -57,7 +57,7 @@ def write_report(
         "<h2>Classes</h2>",
         _classes(figures, colors),
         "<h2>Confusion</h2><p>Share of the pixels of a class (row) that were given to a class (column); what is missing to "
-        "1 went to prompts that are no class.</p>",
+        "1 went to prompts that are no class, or shows nothing.</p>",
         _confusion(figures["confusion"]),
         "<h2>Views</h2><p>Photo, truth, prediction, errors (red; black where nothing is annotated).</p>",
         *(_view(name, figures["views"][name], sheet) for name, sheet in sheets.items()),
