@@ -1,9 +1,8 @@
 """The two geometries side by side, on one scene with masks: what is trained in what time, how good it is, how fast it answers.
 
-    python benchmarks/geometries.py --scene SCENE --encoder mixture [--seed 0] [--json FILE] [--write]
+    python benchmarks/geometries.py --scene SCENE --encoder mixture [--seed 0] [--json FILE]
 
-Trains `ovs3d-lite` and `ovs3d-splat-lite` one after the other, then has their pictures take turns. Prints one Markdown table;
-`--write` puts it into docs/performance.md and draws docs/images/geometries.png.
+Trains `ovs3d-lite` and `ovs3d-splat-lite` one after the other, then has their pictures take turns. Prints one Markdown table.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from unittest import mock
 import torch
 from cost import alternate, processor
 from nerfstudio.cameras.cameras import Cameras
-from pages import ROOT, fill
+from pages import ROOT
 from quality_rows import Job, measure
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "encoders"))  # its entry points make `mixture` and `tabletop` known
@@ -114,32 +113,6 @@ def table(figures: dict[str, dict[str, float]], options: argparse.Namespace) -> 
     return "\n".join(lines)
 
 
-def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
-    """The times of both, on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
-    for place, (name, color) in enumerate(zip(METHODS, ("#cc6677", "#4477aa"), strict=True)):
-        values = [figures[name][row] for row in TIMES]
-        bars = axes.barh([n + 0.4 * place for n in range(len(TIMES))], values, 0.38, label=name, color=color)
-        axes.bar_label(bars, [f"{value:.0f} ms" for value in values], padding=3)
-    axes.set_yticks(
-        [n + 0.2 for n in range(len(TIMES))],
-        [ROWS[row][0].format(prompts=PROMPTS).removesuffix(", ms") for row in TIMES],
-    )
-    axes.set_xscale("log")
-    axes.set_xlim(right=5 * max(figures[name][row] for name in METHODS for row in TIMES))
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds, less is better")
-    axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scene", type=Path, required=True, help="a scene with masks")
@@ -150,7 +123,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=SIZE, help="width and height of the pictures")
     parser.add_argument("--work", type=Path, help="where runs and features lie (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--write", action="store_true", help="fill docs/performance.md and draw its plot")
     options = parser.parse_args()
     options.size = tuple(options.size)
     with tempfile.TemporaryDirectory() as folder:
@@ -158,9 +130,6 @@ def main() -> None:
     print(table(figures, options))
     if options.json:
         write_json(options.json, figures)
-    if options.write:
-        fill(ROOT / "docs" / "performance.md", "geometries", table(figures, options))
-        plot(figures, ROOT / "docs" / "images" / "geometries.png")
 
 
 if __name__ == "__main__":

