@@ -412,6 +412,9 @@ def test_a_run_opens_for_looking_when_its_photos_are_gone(seen, tmp_path, capsys
     opened.load_pipeline(copy.deepcopy(seen[0].state_dict()), 4)
     assert "training photos are not there" in " ".join(capsys.readouterr().out.split())
     assert opened.datamanager.train_dataset[0]["image"].shape == (72, 96, 3)
+    # As exports ask: no points are looked for in the photos, and every ray is a random one.
+    rays, batch = opened.datamanager.next_train(0)
+    assert len(rays) == len(batch["indices"]) and "distances" not in batch
     opened.eval()
     assert "relevancy_books" in opened.model.get_outputs_for_camera(seen[1])
     with pytest.raises(SystemExit):

@@ -77,10 +77,10 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
     ) -> tuple[RayBundle, RayBundle | None, dict]:
         """What a step trains on: rays, the rays of windows where there are some, and a batch to learn from.
 
-        The batch has the entries of `next_train`; with `semantics` also `teachers` and `ranges` of the rays (see `teachers_of`),
+        The batch has the entries of `_drawn`; with `semantics` also `teachers` and `ranges` of the rays (see `teachers_of`),
         and with `windows` their `windows`, colours included where `colors` asks for them.
         """
-        rays, batch = self.next_train(step)
+        rays, batch = self._drawn(step)
         batch["image"] = batch["image"].to(self.device, non_blocking=True)
         if not semantics:
             return rays, None, batch
@@ -91,9 +91,9 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
         window_rays, batch["windows"] = drawn
         return rays, window_rays, batch
 
-    def next_train(self, step: int) -> tuple[RayBundle, dict]:
-        """As nerfstudio's. In the first steps the last rays are of `sightings`, and the batch has their `distances` and, as
-        `distances_share`, what is left of the depth loss by then."""
+    def _drawn(self, step: int) -> tuple[RayBundle, dict]:
+        """As `next_train`, which exports ask too. In the first steps the last rays are of `sightings`, and the batch has their
+        `distances` and, as `distances_share`, what is left of the depth loss by then."""
         self.train_count += 1
         assert self.train_pixel_sampler is not None, "set up with the training data"
         batch = self.train_pixel_sampler.sample(next(self.iter_train_image_dataloader))
