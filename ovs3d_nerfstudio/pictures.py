@@ -45,6 +45,11 @@ def list_pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
+def evenly(total: int, wanted: int) -> list[int]:
+    """At most `wanted` of `total` places, evenly chosen, the first and the last among them."""
+    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int)).tolist() if total else []
+
+
 def view_names(photos: Iterable[Path]) -> dict[Path, str]:
     """The name of each photo's view: its path below the folder that holds all of them, without suffix, so that `a/0.png` and
     `b/0.png` are two. Raises PictureError when two photos would have one name."""

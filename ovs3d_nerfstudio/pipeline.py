@@ -27,6 +27,7 @@ from ovs3d_nerfstudio.engine.checkpoints import CheckpointError, check_implement
 from ovs3d_nerfstudio.engine.option_checks import OptionError, check_config, check_device, check_fields, check_scales
 from ovs3d_nerfstudio.errors import CommandError, reason, user_errors
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
+from ovs3d_nerfstudio.evaluation.metrics import FIGURES
 from ovs3d_nerfstudio.features.basis import Basis, fit_basis
 from ovs3d_nerfstudio.memory import told_what_to_lower
 from ovs3d_nerfstudio.models.brought import begin_from
@@ -324,8 +325,7 @@ class OVS3DPipeline(VanillaPipeline):
 
 def told_figures(metrics: Mapping[str, Any]) -> str:
     """What an evaluation found, as lines for people."""
-    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "miou": "mIoU", "mean_accuracy": "mean accuracy"}
-    names |= {"pixel_accuracy": "pixel accuracy", "boundary_iou": "boundary IoU"}
+    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", **FIGURES}
     units = {"psnr": " dB"}
     said = [
         f"{label} {float(metrics[name]):.{2 if name in units else 3}f}{units.get(name, '')}"

@@ -21,9 +21,11 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.trainer import TrainerConfig
 from torch import Tensor
 
+from ovs3d_nerfstudio.data.capture import diagonal_of
 from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.fields.compositing import SOMETHING
+from ovs3d_nerfstudio.gaussians.lenses import tangents_of
 from ovs3d_nerfstudio.memory import told_what_to_lower
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
@@ -243,7 +245,7 @@ class Run:
             labels, probabilities = _answers(question, outputs["directions"].flatten(0, 1))
         depth = outputs["depth"][..., 0].cpu().numpy()
         if not self.is_splat:  # along the ray, whose length along the axis of the camera is 1
-            depth = depth / np.linalg.norm(_rays(np.asarray(intrinsics, float), size), axis=-1)
+            depth = depth / (1 + tangents_of(camera).square().sum(-1)).sqrt().cpu().numpy()
         accumulation = outputs["accumulation"][..., 0].cpu().numpy()
         there = accumulation >= SOMETHING
         unit = self._unit(frame)
@@ -337,8 +339,7 @@ class Run:
     @property
     def camera_diagonal(self) -> float:
         """Diagonal of the box around the training cameras, in the model's units."""
-        origins = self.pipeline.datamanager.train_dataset.cameras.camera_to_worlds[..., 3]
-        return max(float((origins.amax(0) - origins.amin(0)).norm()), 1e-6)
+        return diagonal_of(self.pipeline.datamanager.train_dataset.cameras.camera_to_worlds)
 
     def _unit(self, frame: str) -> float:
         """The model's units in one of `frame`. Raises RunError when there is no such frame."""
@@ -393,13 +394,6 @@ def _answers(question: Question, directions: Tensor) -> tuple[Int[np.ndarray, " 
     labels = in_parts(directions, lambda part: question.labels(unpacked(part.to(device))).cpu())
     probabilities = in_parts(directions, lambda part: question.probabilities(unpacked(part.to(device))).cpu())
     return labels.numpy(), probabilities.numpy()
-
-
-def _rays(intrinsics: Float[np.ndarray, "3 3"], size: tuple[int, int]) -> Float[np.ndarray, "H W 3"]:
-    """The ray of each pixel's middle, in the camera's axes, as long as to reach 1 along them."""
-    cols, rows = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
-    across, up = (cols - intrinsics[0, 2]) / intrinsics[0, 0], (intrinsics[1, 2] - rows) / intrinsics[1, 1]
-    return np.stack([across, up, -np.ones_like(up)], -1)
 
 
 def _listed(prompts: Sequence[str]) -> list[str]:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints, read_checkpoint
 from ovs3d_nerfstudio.engine.option_checks import check_device
-from ovs3d_nerfstudio.engine.run_config import RunLoader
-from ovs3d_nerfstudio.errors import CommandError, errors_raised, reason
+from ovs3d_nerfstudio.engine.run_config import read_config
+from ovs3d_nerfstudio.errors import CommandError, errors_raised
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline, OVS3DPipelineConfig
 
 
@@ -33,6 +32,7 @@ def open_run(
     may change what else is in the config. `device` is a GPU where there is one, unless it is given.
 
     Raises:
+        ConfigError: the config cannot be read.
         CommandError: no such config, one of another method, no checkpoint, no data, or a run without features.
         CheckpointError: the checkpoint cannot be read or does not fit.
         OptionError: there is no such device, or the config was edited into one that cannot work.
@@ -44,10 +44,7 @@ def open_run(
         raise CommandError(f"The config {load_config} does not exist; name the config.yml that ns-train wrote.")
     known = ", ".join(our_methods())
     remedy = f"name the config.yml of a run that this version of {known} trained."
-    try:
-        written = yaml.load(load_config.read_text(), Loader=RunLoader)
-    except (yaml.YAMLError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        raise CommandError(f"{load_config} cannot be opened ({reason(error, 2)}); {remedy}") from error
+    written = read_config(load_config, remedy)
     if not isinstance(written, TrainerConfig) or written.method_name not in all_methods:
         what = f"a run of {written.method_name}" if isinstance(written, TrainerConfig) else "no config of a run"
         raise CommandError(f"{load_config} is {what}; {remedy}")

@@ -16,6 +16,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 from torch import Tensor
 
+from ovs3d_nerfstudio.fields.compositing import SOMETHING
 from ovs3d_nerfstudio.gaussians.shown import view_matrix
 from ovs3d_nerfstudio.memory import filled_in_chunks
 from ovs3d_nerfstudio.models.nerf import OVS3DModel
@@ -138,7 +139,7 @@ def _of_gaussians(model: OVS3DSplatModel, camera: Cameras) -> tuple[Tensor, Tens
 
 
 def _view(camera: Cameras, depth: Tensor, accumulation: Tensor, rgb: Tensor) -> DepthView:
-    depth = torch.where((accumulation > 0.5) & depth.isfinite(), depth, 0)[..., 0].float()
+    depth = torch.where((accumulation > SOMETHING) & depth.isfinite(), depth, 0)[..., 0].float()
     intrinsics = camera.get_intrinsics_matrices()[0].cpu().double().numpy()
     intrinsics[:2, 2] -= 0.5
     return DepthView(

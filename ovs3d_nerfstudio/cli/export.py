@@ -30,6 +30,7 @@ from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.files import mask_stem, write_json
 from ovs3d_nerfstudio.gaussians.splat_files import read_splat, splat_table
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
+from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
 from ovs3d_nerfstudio.objects.points import find_objects
 from ovs3d_nerfstudio.objects.samples import sample_cloud
 from ovs3d_nerfstudio.ply import vertex_table, with_labels, write_ply
@@ -83,10 +84,10 @@ class ExportPointCloud(BoxOptions, _Export):
     that nerfstudio trains in."""
     file_a_class: bool = False
     """Write the points of each class as a file of their own too."""
-    object_gap: float = 0.01
+    object_gap: float = OBJECT_GAP
     """Points of a class farther apart than this belong to different objects; a share of the diagonal of the
     box around the cameras."""
-    smallest_object: float = 0.05
+    smallest_object: float = SMALLEST_OBJECT
     """Smallest share of a class's points that counts as an object."""
     num_rays_per_batch: int = 8192
     """Rays rendered at once."""
@@ -151,9 +152,9 @@ class ExportMesh(BoxOptions, _Export):
     """Without a box, what is seen from farther than so many times the median depth is left out. 0 keeps all."""
     object_meshes: bool = True
     """Write a watertight mesh of each object too. Where no camera looked, its back or its foot, it is closed flat."""
-    object_gap: float = 0.01
+    object_gap: float = OBJECT_GAP
     """Parts of a class farther apart than this are different objects, as in `pointcloud`."""
-    smallest_object: float = 0.05
+    smallest_object: float = SMALLEST_OBJECT
     """Smallest share of a class's vertices that counts as an object."""
 
     def main(self) -> None:

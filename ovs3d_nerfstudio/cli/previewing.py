@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -20,7 +19,7 @@ from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.features.basis import scale_cells
 from ovs3d_nerfstudio.features.extraction import CachedViews, extract
 from ovs3d_nerfstudio.files import write_json
-from ovs3d_nerfstudio.pictures import read_picture, view_names, write_picture
+from ovs3d_nerfstudio.pictures import evenly, read_picture, view_names, write_picture
 from ovs3d_nerfstudio.prompts.hints import VOCABULARY, hints, standing
 from ovs3d_nerfstudio.prompts.palette import palette
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
@@ -51,8 +50,7 @@ def preview(
         raise CommandError(f"{origin} Say what to look for with --prompts.")
     CONSOLE.print(escape(origin))
     encoder, tokens = encoders(config.image_text_encoder, config.token_encoder, device)
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(views, len(pictures))).round().astype(int))
-    paths, names = [pictures[i] for i in chosen], view_names(pictures)
+    paths, names = [pictures[i] for i in evenly(len(pictures), views)], view_names(pictures)
     cache = config.datamanager.feature_cache_dir
     assert cache is not None, "resolved() names one"
     settings = config.datamanager

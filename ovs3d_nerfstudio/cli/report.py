@@ -13,15 +13,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from ovs3d_nerfstudio.evaluation.metrics import FIGURES
 from ovs3d_nerfstudio.files import written_beside
 
-FIGURES = {
-    "miou": "mIoU",
-    "mean_accuracy": "mean accuracy",
-    "pixel_accuracy": "pixel accuracy",
-    "boundary_iou": "boundary IoU",
-}
-"""The figures of a table, in their order, and what a reader calls them."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; } th, td { padding: .2em .7em; text-align: right; }

@@ -93,6 +93,12 @@ def capture_of(poses: Float[Tensor, "N 3 4"], panoramas: bool = False) -> Captur
     return Capture(around, turn, distance, there, panoramas)
 
 
+def diagonal_of(poses: Float[Tensor, "N 3 4"]) -> float:
+    """Diagonal of the box around cameras; a little where they stand in one place."""
+    origins = poses[..., 3]
+    return max(float((origins.amax(0) - origins.amin(0)).norm()), 1e-6)
+
+
 def nearest_to_axes(origins: Float[Tensor, "N 3"], views: Float[Tensor, "N 3"]) -> Float[Tensor, "3"]:
     """The point with the least sum of squared distances to the lines from `origins` along the unit vectors `views`."""
     across = torch.eye(3).to(views) - views[:, :, None] * views[:, None]

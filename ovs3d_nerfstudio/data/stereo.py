@@ -17,6 +17,7 @@ from numpy import ndarray
 
 from ovs3d_nerfstudio.data.triangulation import NO_POINTS, Points
 from ovs3d_nerfstudio.data.views import View
+from ovs3d_nerfstudio.pictures import evenly
 
 REFERENCES = 60
 """Views, evenly chosen, that are matched densely at most: more tell little new, and their depth takes memory."""
@@ -103,7 +104,7 @@ def densify(
 
 def stereo_pairs(views: list[View], known: Points) -> list[tuple[int, int]]:
     """Pairs of a view and another that sees the same known points, from an angle that tells depth and still looks alike."""
-    chosen = np.unique(np.linspace(0, len(views) - 1, min(REFERENCES, len(views))).round().astype(int))
+    chosen = evenly(len(views), REFERENCES)
     found = []
     least, best, most = ANGLES
     for i in chosen:

@@ -19,7 +19,7 @@ from ovs3d_nerfstudio.data.scene_checks import check_cameras, readable_scene
 from ovs3d_nerfstudio.doctor.findings import Finding, good_or
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
-from ovs3d_nerfstudio.pictures import list_pictures, picture_header
+from ovs3d_nerfstudio.pictures import evenly, list_pictures, picture_header
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
 
 FEW, PLENTY = 20, 30
@@ -85,12 +85,11 @@ def cameras(photos: Sequence[Path], held_out: Sequence[Path], poses: Float[torch
             Finding("warning", "poses", f"Only {known} of the {beside} pictures in {photos[0].parent} have a pose.",
                     "Take more photos between those that are missing, and find the cameras again.")
         )  # fmt: skip
-    origins, views = poses[..., 3], -torch.nn.functional.normalize(poses[..., 2], dim=-1)
-    ahead = (((nearest_to_axes(origins, views) - origins) * views).sum(-1) > 0).double().mean()
+    views = -torch.nn.functional.normalize(poses[..., 2], dim=-1)
     capture = capture_of(poses)
-    if ahead < 1 - LOOKING_THERE:
+    if capture.there < 1 - LOOKING_THERE:
         found.append(
-            Finding("warning", "axes", f"{1 - ahead:.0%} of the cameras have what they look at behind them: the poses seem to be in "
+            Finding("warning", "axes", f"{1 - capture.there:.0%} of the cameras have what they look at behind them: the poses seem to be in "
                     "OpenCV's axes (z forwards, y down).", "nerfstudio's are OpenGL's: multiply the second and third column of each "
                     "transform_matrix by −1. If the photos look outwards on purpose, all is well.")
         )  # fmt: skip
@@ -172,7 +171,7 @@ def sizes(headers: dict[Path, Any]) -> list[Finding]:
 
 def pixels(photos: Sequence[Path], origins: Float[np.ndarray, "N 3"]) -> list[Finding]:
     """Sharpness, and exposure from neighbour to neighbour."""
-    chosen = np.unique(np.linspace(0, len(photos) - 1, min(LOOKED_AT, len(photos))).round().astype(int))
+    chosen = evenly(len(photos), LOOKED_AT)
     with ThreadPoolExecutor(4) as readers:
         grey = list(readers.map(thumbnail, [photos[i] for i in chosen]))
     places = origins[chosen]

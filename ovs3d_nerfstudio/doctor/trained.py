@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from ovs3d_nerfstudio.data.capture import capture_of
 from ovs3d_nerfstudio.doctor.findings import Finding, good_or
+from ovs3d_nerfstudio.pictures import evenly
 from ovs3d_nerfstudio.prompts.segmentation import alike
 from ovs3d_nerfstudio.run import Run
 
@@ -39,7 +40,7 @@ def run_findings(run: Run) -> list[Finding]:
     looks = {}
     with torch.no_grad():
         for name, dataset in (("test", datamanager.eval_dataset), ("train", datamanager.train_dataset)):
-            looks[name] = [look(pipeline, dataset, i) for i in spread(len(dataset), VIEWS)]
+            looks[name] = [look(pipeline, dataset, i) for i in evenly(len(dataset), VIEWS)]
     found += pictures([a.psnr for a in looks["test"]], [a.psnr for a in looks["train"]])
     everything = looks["train"] + looks["test"]
     distance = capture_of(datamanager.train_dataset.cameras.camera_to_worlds).distance
@@ -86,11 +87,6 @@ def look(pipeline: Any, dataset: Any, index: int) -> Look:
         psnr = -10 * float(np.log10(max(1e-10, np.square(rgb - small).mean())))
     labels = pipeline.model.labels_in(outputs).cpu().numpy() if "segmentation" in outputs else np.zeros(0, int)
     return Look(psnr, outputs["depth"][..., 0].cpu().numpy(), labels)
-
-
-def spread(total: int, wanted: int) -> list[int]:
-    """So many of `total`, evenly."""
-    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int)).tolist() if total else []
 
 
 def pictures(test: Sequence[float], train: Sequence[float]) -> list[Finding]:

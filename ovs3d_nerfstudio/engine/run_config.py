@@ -12,13 +12,27 @@ from enum import Enum
 from functools import cache
 from importlib.metadata import entry_points
 from inspect import isfunction
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 import yaml
 
+from ovs3d_nerfstudio.errors import UserError, reason
+
 FUNCTIONS = "collate"
 """How the names of the functions end that a config names: those that put photos together, of one size or of several."""
+
+
+class ConfigError(UserError):
+    """A config.yml cannot be read as one of a run."""
+
+
+def read_config(path: Path, remedy: str) -> Any:
+    """What a config.yml holds, whatever that is. Raises ConfigError, which ends with the `remedy`, when it cannot be read."""
+    try:
+        return yaml.load(path.read_text(), Loader=RunLoader)
+    except (yaml.YAMLError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be opened ({reason(error, 2)}); {remedy}") from error
 
 
 class RunLoader(yaml.Loader):

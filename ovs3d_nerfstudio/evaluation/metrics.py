@@ -18,6 +18,13 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.prompts.prompts import prompt_key
 
+FIGURES = {
+    "miou": "mIoU",
+    "mean_accuracy": "mean accuracy",
+    "pixel_accuracy": "pixel accuracy",
+    "boundary_iou": "boundary IoU",
+}
+"""The figures that people are shown, in their order, and what they are called."""
 BOUNDARY_SHARE = 0.02
 """Width of the boundary in boundary IoU as a share of the image's diagonal (Cheng et al., CVPR 2021)."""
 _SCALARS = ("miou", "pixel_accuracy", "mean_accuracy", "boundary_iou", "authors_miou", "authors_accuracy")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.trainer import TrainerConfig
@@ -19,8 +18,9 @@ from torch import Tensor
 from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.data.ways import STAY, Way, back, composed, possible_ways, way_of
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints, read_checkpoint
-from ovs3d_nerfstudio.engine.run_config import RunLoader
-from ovs3d_nerfstudio.errors import UserError, reason
+from ovs3d_nerfstudio.engine.run_config import read_config
+from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.fields.compositing import SOMETHING
 from ovs3d_nerfstudio.gaussians.lenses import lens_of
 from ovs3d_nerfstudio.gaussians.shown import picture_of
 from ovs3d_nerfstudio.gaussians.splat_files import read_splat
@@ -48,7 +48,7 @@ def begin_from(source: Path, model: OVS3DSplatModel, datamanager: Any) -> list[s
     """Has `model` begin with what `source` is: a PLY, or the folder or config.yml of a run. Returns what was taken, in
     sentences.
 
-    Raises SplatError, BroughtError, CheckpointError and the errors of an open run.
+    Raises SplatError, BroughtError, ConfigError, CheckpointError and the errors of an open run.
     """
     if source.is_dir() or source.suffix in (".yml", ".yaml"):
         return _begin_from_run(source, model, datamanager)
@@ -144,10 +144,7 @@ def open_source(source: Path, data: Path, device: str) -> Any:
     remedy = "name the PLY of a splat, or the folder or config.yml of a run of this version."
     if not path.is_file():
         raise BroughtError(f"There is no {path} to begin with; {remedy}")
-    try:
-        written = yaml.load(path.read_text(), Loader=RunLoader)
-    except (yaml.YAMLError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        raise BroughtError(f"{path} cannot be opened ({reason(error, 2)}); {remedy}") from error
+    written = read_config(path, remedy)
     if not isinstance(written, TrainerConfig) or not isinstance(written.pipeline.model, SemanticModelConfig):
         raise BroughtError(f"{path} is no run of ours, so training cannot begin with it; {remedy}")
     saved = checkpoints(path.parent / written.relative_model_dir)
@@ -184,7 +181,7 @@ def points_of_nerf(
         for start in range(0, share, RAYS_AT_ONCE):
             part = rays[start : start + RAYS_AT_ONCE]
             outputs = model(part, semantics=False)
-            ends = outputs["accumulation"][:, 0] > 0.5
+            ends = outputs["accumulation"][:, 0] > SOMETHING
             points.append((part.origins + part.directions * outputs["depth"])[ends])
             colors.append(outputs["rgb"][ends])
     found = torch.cat(points)

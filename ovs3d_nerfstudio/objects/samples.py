@@ -80,7 +80,7 @@ def gaussians(model: OVS3DSplatModel) -> Samples:
     positions = model.means.cpu().numpy().astype(np.float64)
     opacity = model.opacities.sigmoid().squeeze(-1).cpu().numpy()
     colors = model.colors.clamp(0, 1).cpu().numpy()
-    return Samples(positions, colors, directions_at(model, positions), np.zeros(len(positions)), opacity)
+    return Samples(positions, colors, model.directions_of_gaussians().cpu(), np.zeros(len(positions)), opacity)
 
 
 class Neighbours:

@@ -15,21 +15,20 @@ from jaxtyping import Float
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from ovs3d_nerfstudio.data.capture import diagonal_of
 from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.fields.compositing import SOMETHING
 from ovs3d_nerfstudio.models.semantics import SemanticModel
 from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
-from ovs3d_nerfstudio.objects.points import LabelledPoints, SceneObject, find_objects
+from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
+from ovs3d_nerfstudio.objects.points import FAINT, LabelledPoints, SceneObject, find_objects
+from ovs3d_nerfstudio.pictures import evenly
 from ovs3d_nerfstudio.prompts.answers import Question, packed, unpacked
 from ovs3d_nerfstudio.prompts.segmentation import in_parts
 from ovs3d_nerfstudio.viewer.live import Point
 
-GAP, SMALLEST = 0.01, 0.05
-"""As the options --object-gap and --smallest-object of `ovs3d export pointcloud`."""
 STEPS = 3.0
 """Where points lie sparser than that, those of an object may be so many times as far apart as neighbours commonly are."""
-FAINT = 0.1
-"""Gaussians of less opacity are part of no object."""
 VIEWS, PIXELS = 24, 4096
 """The training views whose pixels are the points of a NeRF, and about how many of each."""
 
@@ -59,8 +58,7 @@ class Things:
         self._one = threading.Lock()
         self._points: tuple[Hashable, np.ndarray, Tensor] | None = None
         self._found: tuple[Hashable, dict[int, tuple[cKDTree, np.ndarray, list[SceneObject]]]] = (None, {})
-        origins = cameras.camera_to_worlds[..., 3]
-        self._gap = GAP * max(float((origins.amax(0) - origins.amin(0)).norm()), 1e-6) / abs(frame.scale)
+        self._gap = OBJECT_GAP * diagonal_of(cameras.camera_to_worlds) / abs(frame.scale)
 
     def at(self, point: Point) -> Thing | None:
         """The object that a clicked point is part of, or lies nearest to; None where its class has none.
@@ -71,7 +69,7 @@ class Things:
             return None
         with self._one, torch.no_grad():
             positions, directions = self._known_points()
-            asked = id(point.question), self._points and self._points[0]
+            asked = point.question, self._points and self._points[0]
             if self._found[0] != asked:
                 self._found = asked, {}
             found = self._found[1]
@@ -94,7 +92,7 @@ class Things:
         spacing = float(np.median(cKDTree(chosen).query(chosen, k=2)[0][:, 1]))
         class_id, none = np.full(len(chosen), point.winner + 1), np.zeros(len(chosen))
         cloud = LabelledPoints(chosen, np.zeros_like(chosen), class_id, none, none, np.ones(len(chosen)))
-        objects = find_objects(cloud, max(self._gap, STEPS * spacing), SMALLEST, point.prompts).objects
+        objects = find_objects(cloud, max(self._gap, STEPS * spacing), SMALLEST_OBJECT, point.prompts).objects
         if not objects:
             return None, None, []
         members = np.concatenate([one.members for one in objects])
@@ -118,7 +116,7 @@ class Things:
     def _cloud(self) -> tuple[Tensor, Tensor]:
         """Where the pixels of some training views end."""
         places, directions = [], []
-        for index in np.unique(np.linspace(0, len(self._cameras) - 1, VIEWS).round().astype(int)).tolist():
+        for index in evenly(len(self._cameras), VIEWS):
             camera = copy.deepcopy(self._cameras[index : index + 1]).to(self._model.device)
             camera.rescale_output_resolution(min(1.0, (PIXELS / float(camera.height * camera.width)) ** 0.5))
             with self._lock:
