@@ -68,6 +68,7 @@ class PromptPanel(ViewerControl):
         self._shown: LiveOutputs | None = None
         self._looked = threading.Event()
         self._outputs_lock = threading.Lock()
+        self._showing = threading.RLock()
         self._told = ""  # what was printed last: the panel alone is easily overlooked
         lock, datamanager = viewer.train_lock or nullcontext(), cast(Any, viewer.pipeline.datamanager)
         self._view = LiveModel(self.live, lock, self._on_view)
@@ -302,7 +303,12 @@ class PromptPanel(ViewerControl):
             time.sleep(SECONDS_A_LEGEND)
 
     def _show(self) -> None:
-        """The legend, with the shares of the view that was looked at last."""
+        """The legend, with the shares of the view that was looked at last; one after the other, so that none is of an earlier
+        question than what it replaces."""
+        with self._showing:
+            self._show_now()
+
+    def _show_now(self) -> None:
         question, shown = self.live.question, self._shown
         if shown is not None and shown.note:
             self._say(shown.note)
