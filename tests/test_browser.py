@@ -128,6 +128,13 @@ class Client:
         shot = self.page.screenshot(clip={**box, "width": 640, "height": 479}, scale="css")
         return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB").resize((640, 480))).astype(int)
 
+    def still(self) -> np.ndarray:
+        """The picture at full resolution, once it no longer changes: on a busy machine a coarse one stands for seconds."""
+        self.says(f"Resolution: {self.viewer.control_panel.max_res}x")
+        looks = [self.look()]
+        self.until(lambda: looks.append(self.look()) or np.array_equal(*looks[-2:]))
+        return looks[-1]
+
     def photograph(self, name: str) -> None:
         if PICTURES:
             self.page.screenshot(path=str(Path(PICTURES) / f"{name}.png"), scale="css")

@@ -9,7 +9,8 @@ pytestmark = pytest.mark.browser
 
 def test_what_is_hidden_is_gone_and_what_alone_is_shown_stands_alone(client, viewer):  # noqa: F811
     client.until(lambda: shines(client, "motorbike", "motorbike"))
-    there, before = client.lit("motorbike"), client.look()
+    before = client.still()
+    there = client.lit("motorbike")
     client.choose("Prompt", "motorbike")
     client.press("Hide")
     client.says("'motorbike' is hidden.")
@@ -32,6 +33,7 @@ def test_what_is_hidden_is_gone_and_what_alone_is_shown_stands_alone(client, vie
 
 def test_a_click_names_the_thing_and_more_like_it_are_found(client, viewer):  # noqa: F811
     client.until(lambda: shines(client, "motorbike", "motorbike"))
+    client.still()
     y, x = np.argwhere(truth(viewer, "motorbike") & client.lit("motorbike")).mean(0)
     client.page.mouse.click(x, y + 51)
     client.says("motorbike at (")
