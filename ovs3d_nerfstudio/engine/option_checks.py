@@ -13,8 +13,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
-
 from ovs3d_nerfstudio.errors import UserError, reason
 
 
@@ -108,6 +106,8 @@ def check_file(option: str, path: Path) -> None:
 
 def check_device(option: str, name: str) -> None:
     """Raises OptionError when `name` is no device of this machine."""
+    import torch  # here: whoever reads the options of a command waits for this file
+
     try:
         torch.zeros(0, device=name)
     except (RuntimeError, AssertionError) as error:
