@@ -102,6 +102,12 @@ def test_without_the_extras_help_comes_and_what_is_missing_is_said():
     assert "Traceback" not in printed
 
 
+def test_the_doctor_asks_for_weights_and_looks_at_a_scene_without_what_would_read_them(scene):
+    """Each of these takes seconds to import, and the doctor has twenty."""
+    status, printed = said(["doctor", "--data", str(scene)], without=("open_clip", "transformers", "sklearn", "open3d"))
+    assert status == 0 and "encoder open_clip" in printed and "photos" in printed and "Traceback" not in printed
+
+
 def test_the_dataparsers_of_nerfstudio_are_known_by_name():
     assert set(DATAPARSERS) == set(dataparsers)
 
