@@ -39,6 +39,8 @@ class Range:
         return f"{lower} to {self.high:g}" if self.closed else f"{lower}, at most {self.high:g}"
 
 
+FINE = 7.0
+"""Patches along the shorter side of a picture from which on their scale is fine: 7 alone cost 0.005 mIoU, 10 alone nothing."""
 COUNT, SIZE, POSITIVE, SHARE = Range(0), Range(1), Range(0, closed=False), Range(0, 1)
 
 EXPECTED: dict[Any, tuple[Any, str]] = {
@@ -96,6 +98,16 @@ def check_scales(option: str, scales: Sequence[float]) -> None:
         raise OptionError(f"{option} {scales} is not possible; give one number or more, such as 5 7 10.")
     for scale in scales:
         check_value(option, scale, float, SIZE)
+
+
+def coarse_scales(option: str, scales: Sequence[float]) -> list[str]:
+    """What speaks against patches that are all coarse, in a sentence."""
+    if max(scales) >= FINE:
+        return []
+    return [
+        f"{option} {' '.join(f'{scale:g}' for scale in scales)} has coarse patches only, in which things drown that are small in "
+        "the pictures: 5 alone cost 0.01 to 0.64 mIoU. Include 10, or leave it out."
+    ]
 
 
 def check_file(option: str, path: Path) -> None:
