@@ -54,8 +54,11 @@ warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 # Of what other packages do among themselves.
 warnings.filterwarnings(
-    "ignore", message=r"Importing `.*` from `torchmetrics|`torch.jit.script` is deprecated", category=FutureWarning
+    "ignore",
+    message=r"Importing `.*` from `torchmetrics|`torch.jit.script` is deprecated|`torch.cuda.amp.GradScaler",
+    category=FutureWarning,
 )
+warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True to a scalar")
 warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
 
 WITHOUT_PROMPTS = (
