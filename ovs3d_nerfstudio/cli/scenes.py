@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -96,9 +94,7 @@ class SceneOptions:
         from ovs3d_nerfstudio.data.scene_checks import check_cameras, readable_scene
 
         parser = self.parser()
-        # What nerfstudio's own says of how it reads is a list of all photos by their numbers.
-        silence = nullcontext() if self.dataparser else redirect_stdout(StringIO())
-        with readable_scene(parser, self.data), silence:
+        with readable_scene(parser, self.data):
             parsed = parser.setup().get_dataparser_outputs("train")
         check_cameras(parsed.cameras, str(self.data))
         return parsed.image_filenames
