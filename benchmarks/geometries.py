@@ -1,6 +1,6 @@
 """The two geometries side by side, on one scene with masks: what is trained in what time, how good it is, how fast it answers.
 
-    python benchmarks/geometries.py --scene SCENE --encoder mixture [--seed 0] [--json FILE]
+    python benchmarks/geometries.py --scene SCENE --encoder mixture [--seed 0] [--json FILE] [--plot PICTURE]
 
 Trains `ovs3d-lite` and `ovs3d-splat-lite` one after the other, then has their pictures take turns. Prints one Markdown table.
 """
@@ -113,6 +113,29 @@ def table(figures: dict[str, dict[str, float]], options: argparse.Namespace) -> 
     return "\n".join(lines)
 
 
+def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
+    """The times of both geometries, side by side on a logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 2.8), layout="constrained")
+    for i, (name, color) in enumerate(zip(METHODS, ("#cc6677", "#4477aa"), strict=True)):
+        places = [place + 0.38 * (i - 0.5) for place in range(len(TIMES))]
+        times = [figures[name][what] for what in TIMES]
+        bars = axes.barh(places, times, height=0.36, color=color, label=name)
+        axes.bar_label(bars, [f"{taken:,.0f} ms" for taken in times], padding=3)
+    axes.set_yticks(range(len(TIMES)), [ROWS[what][0].format(prompts=PROMPTS).removesuffix(", ms") for what in TIMES])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(right=6 * axes.get_xlim()[1])
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scene", type=Path, required=True, help="a scene with masks")
@@ -123,6 +146,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=SIZE, help="width and height of the pictures")
     parser.add_argument("--work", type=Path, help="where runs and features lie (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw the times into this file")
     options = parser.parse_args()
     options.size = tuple(options.size)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,6 +154,8 @@ def main() -> None:
     print(table(figures, options))
     if options.json:
         write_json(options.json, figures)
+    if options.plot:
+        plot(figures, options.plot)
 
 
 if __name__ == "__main__":

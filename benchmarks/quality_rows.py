@@ -206,7 +206,8 @@ def _shorten(config: TrainerConfig, steps: int) -> None:
     model.semantics_start, model.fda_start = round(model.semantics_start * share), round(model.fda_start * share)
     config.max_num_iterations = steps
     for group in config.optimizers.values():
-        group["scheduler"].max_steps = steps
+        if group["scheduler"] is not None:
+            group["scheduler"].max_steps = steps
 
 
 def train(job: Job, row: str, changes: dict[str, Any]) -> tuple[OVS3DPipeline, dict[str, float | None]]:

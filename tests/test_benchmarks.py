@@ -42,6 +42,18 @@ def test_every_part_of_the_cost_benchmark_runs(tmp_path):
     assert "A step takes" in printed and "semantic losses: colour" in printed
 
 
+def test_both_geometries_stand_in_one_table(tmp_path):
+    scene = make_scene(tmp_path / "scene", width=96, train_views=6, test_views=1)
+    words = ["--scene", scene, "--encoder", "offline", "--steps", 8, "--repeats", 1, "--size", 24, 16]
+    words += ["--json", "figures.json", "--plot", "times.png"]
+    printed = command("python", BENCHMARKS / "geometries.py", *words, cwd=tmp_path).stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures.keys() == {"NeRF", "Gaussians"}
+    assert all(figures[name][what] > 0 for name in figures for what in ("minutes", "psnr", "rgb", "view", "change"))
+    assert printed.count("\n| ") == 10 and " × |" in printed
+    assert Image.open(tmp_path / "times.png").size[0] == 1040
+
+
 def test_the_gpu_benchmark_makes_every_row_and_says_which_limit_was_missed(tmp_path, monkeypatch):
     """On a CPU, in tiny sizes: so every line of it runs before somebody has a GPU."""
     page, results = tmp_path / "page.md", tmp_path / "results"
