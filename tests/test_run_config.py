@@ -14,9 +14,11 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 
+from ovs3d_nerfstudio.encoders.base import encoders
 from ovs3d_nerfstudio.engine.checkpoints import checkpoint_path, write_checkpoint
 from ovs3d_nerfstudio.engine.run_config import RunLoader
 from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.prompts.embedding import Embedder
 from ovs3d_nerfstudio.run_files import open_run, our_methods
 
 
@@ -114,6 +116,30 @@ def test_paths_lead_to_the_run_and_its_data_from_any_folder(moved):
     # Those within the run and within the data lead there still.
     assert not config.relative_model_dir.is_absolute() and not config.logging.relative_log_dir.is_absolute()
     assert "opened_in" not in (moved / "config.yml").read_text()
+
+
+def test_local_weights_are_found_from_any_folder(tmp_path, weights, checkpoints, monkeypatch):
+    """Those of a training, which the config and what a checkpoint holds name, and the splat or the run that it began with."""
+    monkeypatch.chdir(weights)
+    config = small_config(make_small_scene(tmp_path / "scene"))
+    config.output_dir, config.pipeline.prompts = tmp_path, "grass; sheep"
+    config.pipeline.image_text_encoder, config.pipeline.token_encoder = "open_clip:tiny-ovs3d@clip.pt", "dino:dino@64"
+    config.save_config()
+    trained = opened(config)
+    trained.prepare_features()
+    splats = copy.deepcopy(all_methods["ovs3d-splat-lite"])
+    splats.output_dir, splats.pipeline.model.init_from = tmp_path, Path("splat.ply")
+    splats.save_config()
+    monkeypatch.chdir(tmp_path)
+    read, read_splats = (
+        yaml.load((written.get_base_dir() / "config.yml").read_text(), Loader=RunLoader).pipeline
+        for written in (config, splats)
+    )
+    image_text, tokens = encoders(read.image_text_encoder, read.token_encoder)
+    assert tokens.short_edge == 64 and Path(tokens.name) == weights / "dino"
+    assert Embedder("cpu")(trained.model.segmenter, ["goat"]).allclose(image_text.embed_text(["goat"]))
+    assert read_splats.model.init_from == weights / "splat.ply"
+    assert (read_splats.image_text_encoder, read_splats.token_encoder) == ("offline", "offline")
 
 
 def test_nerfstudios_commands_open_a_run_where_its_config_lies(moved, monkeypatch):
