@@ -24,7 +24,14 @@ from ovs3d_nerfstudio.encoders.base import encoders
 from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.engine.anomaly import LossGuard
 from ovs3d_nerfstudio.engine.checkpoints import CheckpointError, check_implementation
-from ovs3d_nerfstudio.engine.option_checks import OptionError, check_config, check_device, check_fields, check_scales
+from ovs3d_nerfstudio.engine.option_checks import (
+    OptionError,
+    check_config,
+    check_device,
+    check_fields,
+    check_scales,
+    coarse_scales,
+)
 from ovs3d_nerfstudio.errors import CommandError, reason, user_errors
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
 from ovs3d_nerfstudio.evaluation.metrics import FIGURES
@@ -47,8 +54,11 @@ warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 # Of what other packages do among themselves.
 warnings.filterwarnings(
-    "ignore", message=r"Importing `.*` from `torchmetrics|`torch.jit.script` is deprecated", category=FutureWarning
+    "ignore",
+    message=r"Importing `.*` from `torchmetrics|`torch.jit.script` is deprecated|`torch.cuda.amp.GradScaler",
+    category=FutureWarning,
 )
+warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True to a scalar")
 warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
 
 WITHOUT_PROMPTS = (
@@ -126,7 +136,8 @@ class OVS3DPipeline(VanillaPipeline):
                 CONSOLE.print(
                     escape(origin if self.chosen_prompts or _brought(config) else f"{origin} {WITHOUT_PROMPTS}")
                 )
-                for remark in self.model.remarks:
+                coarse = coarse_scales("--pipeline.datamanager.scales", config.datamanager.scales)
+                for remark in [*self.model.remarks, *coarse]:
                     CONSOLE.print(escape(remark))
             evaluator = self.evaluator = self.model.evaluator = self._evaluator()
             if test_mode == "val" and evaluator is not None:

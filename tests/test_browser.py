@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,29 +38,44 @@ def chromium():
         browser.close()
 
 
+OPTIONS = {
+    "ovs3d-lite": ["--max-num-iterations", STEPS, "--pipeline.datamanager.train-num-rays-per-batch", 512],
+    "ovs3d-splat-lite": ["--max-num-iterations", STEPS],
+}
+STARTS = {"ovs3d-lite": (60, 120), "ovs3d-splat-lite": (100, 150)}
+"""Where semantics and class losses begin."""
+
+
 @pytest.fixture(scope="module")
 def viewer(tmp_path_factory):
     """nerfstudio's viewer on a run that was trained on a small demo scene, as ns-viewer opens it."""
+    with opened(tmp_path_factory.mktemp("browser"), "ovs3d-lite") as one:
+        yield one
+
+
+@contextmanager
+def opened(folder: Path, method: str):
+    """nerfstudio's viewer on a run of `method`."""
     from nerfstudio.utils.eval_utils import eval_setup  # first: nerfstudio's modules import each other in a circle
     from nerfstudio.utils import writer  # isort: skip
     from nerfstudio.viewer.viewer import Viewer
 
-    folder = tmp_path_factory.mktemp("browser")
     scene = make_scene(folder / "scene", width=160, train_views=16, test_views=2)
-    words = ["ns-train", "ovs3d-lite", "--data", scene, "--output-dir", folder, "--experiment-name", "run"]
-    words += ["--timestamp", "t", "--vis", "tensorboard", "--max-num-iterations", STEPS]
-    words += ["--pipeline.model.semantics-start", 60, "--pipeline.model.fda-start", 120]
-    command(*words, "--pipeline.datamanager.train-num-rays-per-batch", 512, cwd=folder)
-    config, pipeline, _, step = eval_setup(folder / "run" / "ovs3d-lite" / "t" / "config.yml")
-    opened = Viewer(config.viewer, folder / "viewer_log.txt", scene, pipeline, train_lock=threading.Lock())
+    words = ["ns-train", method, "--data", scene, "--output-dir", folder, "--experiment-name", "run"]
+    words += ["--timestamp", "t", "--vis", "tensorboard", *OPTIONS[method]]
+    for name, step in zip(("semantics-start", "fda-start"), STARTS[method], strict=True):
+        words += [f"--pipeline.model.{name}", step]
+    command(*words, cwd=folder)
+    config, pipeline, _, step = eval_setup(folder / "run" / method / "t" / "config.yml")
+    one = Viewer(config.viewer, folder / "viewer_log.txt", scene, pipeline, train_lock=threading.Lock())
     config.logging.local_writer.enable = False
     writer.setup_local_writer(config.logging, max_iter=1)
-    opened.init_scene(pipeline.datamanager.train_dataset, "completed", pipeline.datamanager.eval_dataset)
-    opened.update_scene(step=step)
-    opened.set_camera_visibility(False)
-    opened.control_panel._max_res.value = 192
-    yield opened
-    opened.viser_server.stop()
+    one.init_scene(pipeline.datamanager.train_dataset, "completed", pipeline.datamanager.eval_dataset)
+    one.update_scene(step=step)
+    one.set_camera_visibility(False)
+    one.control_panel._max_res.value = 192
+    yield one
+    one.viser_server.stop()
 
 
 class Client:
@@ -235,3 +251,26 @@ def test_the_chosen_output_stays_until_its_prompt_goes(client):
     assert client.box("Output type").input_value() == "relevancy_cat"
     client.ask("a dog; books")
     client.until(lambda: client.box("Output type").input_value() == "segmentation")
+
+
+def test_a_click_names_the_thing_and_more_like_it_are_found(client, viewer):
+    client.until(lambda: shines(client, "motorbike", "motorbike"))
+    client.still()
+    y, x = np.argwhere(truth(viewer, "motorbike") & client.lit("motorbike")).mean(0)
+    client.page.mouse.click(x, y + 51)
+    client.says("motorbike at (")
+    client.photograph("click")
+    chances = client.page.locator("table").last.inner_text()
+    assert all(prompt in chances for prompt in viewer.pipeline.prompt_panel.live.asked)
+    client.says("object 1 of ")
+    assert client.box("Prompt").input_value() == "motorbike"
+    client.press("More like this")
+    client.says("'like 1' is what was clicked.")
+    client.until(lambda: client.lit("like 1")[round(y) - 4 : round(y) + 5, round(x) - 4 : round(x) + 5].mean() > 0.5)
+    there, like = truth(viewer, "motorbike"), client.lit("like 1")
+    assert like[there].mean() > 2 * like[~there].mean()
+    client.photograph("like")
+    assert client.box("Prompt").input_value() == "like 1"
+    client.press("Only")
+    client.until(lambda: "hidden" in client.page.locator("table").first.inner_text())
+    client.photograph("only-clicked")

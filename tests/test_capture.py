@@ -142,6 +142,16 @@ def test_a_start_given_whole_needs_no_saying(scene, capsys):
     assert "Captured" not in capsys.readouterr().out and model.field.average_init_density == 0.4
 
 
+def test_patches_that_are_all_coarse_are_warned_of(scene, capsys):
+    config = copy.deepcopy(all_methods["ovs3d-lite"].pipeline)
+    config.datamanager.data = scene
+    for scales, warned in (((5.0, 7.0, 10.0), False), ((4.0, 5.0), True)):
+        config.datamanager.scales = scales
+        config.setup(device="cpu")
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("--pipeline.datamanager.scales 4 5 has coarse patches only" in printed) is warned
+
+
 def test_a_start_far_from_what_fits_the_capture_is_warned_of_with_the_range():
     capture = capture_of(ring(range(0, 360, 20)))
     density, near = capture.start()

@@ -14,7 +14,8 @@ from PIL import Image
 from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.labels import LabelFolder, read_labels
 from ovs3d_nerfstudio.cli.poses import poses_of
-from ovs3d_nerfstudio.cli.render import RenderCameraPath, WholeVideo, crop_in_model, crop_of
+from ovs3d_nerfstudio.cli.render import RenderCameraPath
+from ovs3d_nerfstudio.cli.rendering import WholeVideo, crop_in_model, crop_of
 from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.errors import CommandError

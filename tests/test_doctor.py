@@ -15,6 +15,7 @@ from ovs3d_nerfstudio.doctor import machine
 from ovs3d_nerfstudio.doctor.findings import Finding
 from ovs3d_nerfstudio.doctor.scene import scene_findings, shared
 from ovs3d_nerfstudio.doctor.trained import classes, pictures
+from ovs3d_nerfstudio.encoders import dino, efficientnet, hub
 
 
 def found(scene: Path) -> dict[str, Finding]:
@@ -106,6 +107,23 @@ def test_this_machine_can_train_something():
     findings = machine.machine_findings(Path())
     assert {"versions", "device", "kernels", "ffmpeg", "COLMAP", "disk", "method"} <= {f.about for f in findings}
     assert all(finding.remedy for finding in findings if finding.level != "good")
+
+
+def test_weights_and_packages_that_are_lacking_are_said_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(hub, "cached", lambda model, *files: model == dino.DEFAULT)
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.setattr(efficientnet, "WEIGHTS_PACKAGE", "no_such_package")
+    efficientnet.weights_file.cache_clear()
+    about = {finding.about: finding for finding in machine.machine_findings(Path())}
+    lacking, here = about["encoder open_clip:ViT-B-16@openai"], about["encoder dino:facebook/dino-vitb8"]
+    assert lacking.level == "warning" and "does not answer" in lacking.what and "@FILE" in lacking.remedy
+    assert here.level == "good" and "on this disk" in here.what
+    assert about["encoder offline"].level == "note" and "no-such-package" in about["encoder offline"].what
+    assert about["method"].level == "error" and "[offline]" in about["method"].remedy
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    about = {finding.about: finding for finding in machine.machine_findings(Path())}
+    assert about["encoder open_clip:ViT-B-16@openai"].level == "good"
+    assert about["method"].level == "warning" and "--pipeline.image-text-encoder open_clip:" in about["method"].remedy
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,13 @@ def test_without_a_hub_and_weights_one_message_says_at_once_what_needs_none(no_h
     assert no_hub.HF_HUB_OFFLINE  # so that nothing else waits for it either
 
 
+def test_the_default_weights_lie_where_open_clip_says():
+    import open_clip
+
+    model, _, weights = open_clip_encoder.DEFAULT.partition("@")
+    assert open_clip.get_pretrained_cfg(model, weights)["hf_hub"].rstrip("/") == open_clip_encoder.DEFAULT_ON_HUB
+
+
 def test_what_is_on_this_disk_needs_no_hub(no_hub, tiny_clip, tmp_path):
     folder = tmp_path / "models--facebook--dino-vitb8"
     (folder / "snapshots" / "1").mkdir(parents=True)

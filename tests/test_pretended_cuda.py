@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pretended import launch
 from pretended.encoders import ALONE, TRAINING
-from pretended.method import STAGES
+from pretended.method import ASKED, OF_EACH_GEOMETRY, STAGES
 from pretended.scenes import write_scenes
 from safetensors.torch import load_file
 
@@ -70,6 +70,13 @@ def test_what_is_pretended_refuses_what_cuda_refuses(library, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_works_on_the_device(reports, method, stage):
+    fault = reports(method)["stages"][stage]
+    assert not fault, fault
+
+
+@pytest.mark.parametrize("stage", ASKED)
+@pytest.mark.parametrize("method", OF_EACH_GEOMETRY)
+def test_a_run_is_asked_on_the_device(reports, method, stage):
     fault = reports(method)["stages"][stage]
     assert not fault, fault
 

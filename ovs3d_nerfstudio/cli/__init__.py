@@ -33,14 +33,15 @@ SUBCOMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `ovs3d SUBCOMMAND …`; what a user can mend ends with a sentence and exit status 1."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] in (["--version"], ["-V"]):
-        print(_version())
-        return
-    if not words or words[0] not in SUBCOMMANDS:
+    version_asked = words[:1] in (["--version"], ["-V"])
+    if not version_asked and words[:1] not in ([name] for name in SUBCOMMANDS):
         _explain(words)
         return
     try:
-        _run(words)
+        if version_asked:
+            print(_version())
+        else:
+            _run(words)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -6,13 +6,16 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float
 from viser.transforms import SO3
 
-from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.errors import CommandError
+
+if TYPE_CHECKING:
+    from ovs3d_nerfstudio.data.frames import Frame
 
 MARGIN = 0.05
 """An object's box leaves out a few of its points: it is taken larger by this share of its diagonal on each side."""

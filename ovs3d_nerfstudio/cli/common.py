@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool
 
 from ovs3d_nerfstudio.prompts.prompts import given_prompts
 from ovs3d_nerfstudio.prompts.shown import choose_shown
-from ovs3d_nerfstudio.run import Run
+
+if TYPE_CHECKING:
+    from ovs3d_nerfstudio.run import Run
 
 
 @dataclass(kw_only=True)

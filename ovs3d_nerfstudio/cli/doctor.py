@@ -63,16 +63,20 @@ class Command:
     def findings(self) -> dict[str, list[Finding]]:
         """Of the machine, the scene and the run, as asked."""
         from ovs3d_nerfstudio.doctor import machine
-        from ovs3d_nerfstudio.doctor.scene import refused, scene_findings
-        from ovs3d_nerfstudio.doctor.trained import run_findings
         from ovs3d_nerfstudio.errors import UserError
-        from ovs3d_nerfstudio.run import load_run
 
         parts = {"machine": machine.machine_findings(self.data or Path())}
         if self.data is not None:
+            from ovs3d_nerfstudio.doctor.scene import scene_findings
+
             parser = SceneOptions(self.data, dataparser=self.dataparser).parser()
             parts["scene"] = scene_findings(parser, self.data)
         if self.load_config is not None:
+            # All methods with it, which whoever asks about a scene does not wait for.
+            from ovs3d_nerfstudio.doctor.findings import refused
+            from ovs3d_nerfstudio.doctor.trained import run_findings
+            from ovs3d_nerfstudio.run import load_run
+
             try:
                 parts["run"] = run_findings(load_run(self.load_config, data=self.data))
             except UserError as error:

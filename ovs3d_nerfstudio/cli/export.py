@@ -6,36 +6,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import numpy as np
-import trimesh
 import tyro
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.markup import escape
-from rich.progress import track
-from rich.table import Table
 
-from ovs3d_nerfstudio.catalogue import listed, write_objects
 from ovs3d_nerfstudio.cli.boxes import BoxOptions
 from ovs3d_nerfstudio.cli.common import ShownOptions, ask
-from ovs3d_nerfstudio.cli.depth import DepthView, depth_views
-from ovs3d_nerfstudio.cli.labels import ids
-from ovs3d_nerfstudio.cli.meshing import Mesh, fused, seen_box, typical_depth, usual_voxel
-from ovs3d_nerfstudio.cli.solids import body, surfaces
-from ovs3d_nerfstudio.data.frames import Frame
-from ovs3d_nerfstudio.data.ways import back, way_of
 from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SHARE, SIZE, check_fields
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.files import mask_stem, write_json
-from ovs3d_nerfstudio.gaussians.splat_files import read_splat, splat_table
-from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.objects import OBJECT_GAP, SMALLEST_OBJECT
-from ovs3d_nerfstudio.objects.points import find_objects
-from ovs3d_nerfstudio.objects.samples import sample_cloud
 from ovs3d_nerfstudio.ply import vertex_table, with_labels, write_ply
-from ovs3d_nerfstudio.prompts.palette import colorize, save_legend
-from ovs3d_nerfstudio.run import Run, load_run
+
+if TYPE_CHECKING:
+    import trimesh
+    from rich.table import Table
+
+    from ovs3d_nerfstudio.cli.depth import DepthView
+    from ovs3d_nerfstudio.cli.meshing import Mesh
+    from ovs3d_nerfstudio.data.frames import Frame
+    from ovs3d_nerfstudio.run import Run
+
+# What reads a run is imported where it is used, as in every subcommand: `--help` needs none of it.
 
 
 @dataclass
@@ -55,6 +48,10 @@ class _Export(ShownOptions):
 
     def opened(self) -> Run:
         """The run, answering for the prompts; classes.json and legend.png are written."""
+        from ovs3d_nerfstudio.cli.labels import ids
+        from ovs3d_nerfstudio.prompts.palette import save_legend
+        from ovs3d_nerfstudio.run import load_run
+
         run = load_run(self.load_config, data=self.data)
         prompts = ask(run, self.prompts, self.prompts_file)
         self.stays = self.flags(prompts)
@@ -67,6 +64,9 @@ class _Export(ShownOptions):
         return self.output_dir / f"{class_id:03d}-{mask_stem(prompt)[:80]}{kind}.ply"
 
     def said(self, path: Path, what: str) -> None:
+        from nerfstudio.utils.rich_utils import CONSOLE
+        from rich.markup import escape
+
         CONSOLE.print(f"{what}: {escape(str(path))}")
 
 
@@ -102,6 +102,13 @@ class ExportPointCloud(BoxOptions, _Export):
         positive = {"num_points": SIZE, "num_rays_per_batch": SIZE, "object_gap": POSITIVE}
         check_fields("--", self, {**positive, "smallest_object": SHARE, "farthest": COUNT, "std_ratio": COUNT})
         box = self.box(self.output_dir)
+        from nerfstudio.utils.rich_utils import CONSOLE
+
+        from ovs3d_nerfstudio.catalogue import listed, write_objects
+        from ovs3d_nerfstudio.objects.points import find_objects
+        from ovs3d_nerfstudio.objects.samples import sample_cloud
+        from ovs3d_nerfstudio.prompts.palette import colorize
+
         run = self.opened()
         within = box.in_model(run.frame).within if box else None
         samples = sample_cloud(run.pipeline, self.num_points, self.num_rays_per_batch, self.std_ratio, within)
@@ -161,6 +168,14 @@ class ExportMesh(BoxOptions, _Export):
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
         ranges = {"voxel": POSITIVE, "downscale": SIZE, "farthest": COUNT, "object_gap": POSITIVE}
         check_fields("--", self, {**ranges, "smallest_object": SHARE})
+        from nerfstudio.utils.rich_utils import CONSOLE
+        from rich.progress import track
+
+        from ovs3d_nerfstudio.cli.depth import depth_views
+        from ovs3d_nerfstudio.cli.meshing import fused, seen_box, typical_depth, usual_voxel
+        from ovs3d_nerfstudio.cli.solids import body, surfaces
+        from ovs3d_nerfstudio.prompts.palette import colorize
+
         given = None if self.mesh is None else self._given(self.mesh)
         box = self.box(self.output_dir)
         run = self.opened()
@@ -211,6 +226,8 @@ class ExportMesh(BoxOptions, _Export):
         self, path: Path, mesh: Mesh, labels: np.ndarray, probability: np.ndarray, frame: Frame
     ) -> trimesh.Trimesh:
         """Writes a mesh with the labels of its vertices in the frame asked for; returns it so."""
+        import trimesh
+
         positions, faces = mesh.vertices, mesh.faces
         if self.frame == "data":
             positions = frame.to_data(positions)
@@ -222,7 +239,9 @@ class ExportMesh(BoxOptions, _Export):
     @staticmethod
     def _given(path: Path) -> Mesh:
         """A mesh that there is. Raises CommandError."""
-        import open3d  # here: it takes seconds
+        import open3d
+
+        from ovs3d_nerfstudio.cli.meshing import Mesh
 
         if not path.is_file():
             raise CommandError(f"{path} does not exist; name a mesh of this run, or leave --mesh out to have one made.")
@@ -248,6 +267,9 @@ def _measured(shape: trimesh.Trimesh) -> dict[str, Any]:
 
 def _table(listed: list[dict[str, Any]]) -> Table:
     """The objects as a table on the screen."""
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table("id", "object", "triangles", "watertight", "volume", "file")
     for entry in listed:
         closed = "yes" if entry["watertight"] else "no"
@@ -274,6 +296,14 @@ class ExportSplat(_Export):
     def main(self) -> None:
         """Raises CommandError, SplatError, OptionError and the errors of prompts and encoders."""
         check_fields("--", self, {"least_probability": SHARE})
+        from nerfstudio.utils.rich_utils import CONSOLE
+        from rich.markup import escape
+
+        from ovs3d_nerfstudio.data.frames import Frame
+        from ovs3d_nerfstudio.data.ways import back, way_of
+        from ovs3d_nerfstudio.gaussians.splat_files import read_splat, splat_table
+        from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
+
         given = read_splat(self.splat) if self.splat is not None else None
         theirs = Frame.of_run_outputs(self.splat_config.parent) if self.splat_config is not None else None
         run = self.opened()

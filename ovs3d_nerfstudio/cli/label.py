@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import tyro
-from nerfstudio.configs.method_configs import all_methods
-from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
-from nerfstudio.engine.trainer import Trainer
-from nerfstudio.utils import writer
-from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ovs3d_nerfstudio.catalogue import write_catalogue
-from ovs3d_nerfstudio.cli.labels import ids
-from ovs3d_nerfstudio.cli.listed import show_catalogue
-from ovs3d_nerfstudio.cli.own_views import write_own_views
 from ovs3d_nerfstudio.cli.scenes import SceneOptions, split_words
-from ovs3d_nerfstudio.configs import semantics_alone
-from ovs3d_nerfstudio.engine.checkpoints import checkpoint_path
 from ovs3d_nerfstudio.engine.option_checks import SHARE, SIZE, OptionError, Range, check_fields
-from ovs3d_nerfstudio.engine.trainer import OVS3DTrainerConfig
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.files import write_json, written_beside
-from ovs3d_nerfstudio.gaussians.splat_files import read_splat
-from ovs3d_nerfstudio.models.splat import OVS3DSplatModelConfig
-from ovs3d_nerfstudio.pipeline import OVS3DPipeline
-from ovs3d_nerfstudio.ply import with_labels, write_ply
-from ovs3d_nerfstudio.prompts.palette import save_legend
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts, given_prompts
-from ovs3d_nerfstudio.run import Run
+
+if TYPE_CHECKING:
+    from ovs3d_nerfstudio.engine.trainer import OVS3DTrainerConfig
+    from ovs3d_nerfstudio.run import Run
 
 __all__ = ["Command", "split_words"]
 
@@ -61,8 +41,8 @@ class Command(SceneOptions):
     """What to look for, separated by semicolons; name the background too. Default: the scene's segmentations/classes.txt."""
     prompts_file: Path | None = None
     """A text file with one prompt a line, in place of `prompts`."""
-    method: str = "ovs3d-splat" if torch.cuda.is_available() else "ovs3d-splat-lite"
-    """Whose recipe for semantics is taken: ovs3d-splat (a GPU), ovs3d-splat-lite (a laptop), or another variant of them."""
+    method: str = ""
+    """Whose recipe for semantics is taken; default: ovs3d-splat on a GPU, else ovs3d-splat-lite. Variants of them will do."""
     steps: int | None = None
     """Training steps; default: 3 000 of ovs3d-splat, 800 of ovs3d-splat-lite."""
     least_probability: float = 0.0
@@ -83,6 +63,15 @@ class Command(SceneOptions):
             raise CommandError(
                 f"--output-dir {self.output_dir} would replace {self.splat} itself; name another folder."
             )
+        # Imported here, as in every subcommand: `--help` needs none of it.
+        import torch
+
+        from ovs3d_nerfstudio.cli.labelling import learned
+        from ovs3d_nerfstudio.cli.own_views import write_own_views
+        from ovs3d_nerfstudio.gaussians.splat_files import read_splat
+        from ovs3d_nerfstudio.run import Run
+
+        self.method = self.method or ("ovs3d-splat" if torch.cuda.is_available() else "ovs3d-splat-lite")
         table, splat = read_splat(self.splat)
         if self.data is None:
             prompts = given_prompts(self.prompts, self.prompts_file)
@@ -100,6 +89,12 @@ class Command(SceneOptions):
 
     def config(self) -> OVS3DTrainerConfig:
         """The training. Raises CommandError for a method that has no Gaussians."""
+        from nerfstudio.configs.method_configs import all_methods
+
+        from ovs3d_nerfstudio.configs import semantics_alone
+        from ovs3d_nerfstudio.engine.trainer import OVS3DTrainerConfig
+        from ovs3d_nerfstudio.models.splat import OVS3DSplatModelConfig
+
         pipeline = self.resolved()
         if not isinstance(pipeline.model, OVS3DSplatModelConfig):
             raise CommandError(
@@ -120,6 +115,17 @@ class Command(SceneOptions):
 
     def write(self, run: Run, table: np.ndarray) -> None:
         """The labelled splat, what its numbers mean, two pictures of it, and the catalogue of its objects."""
+        from nerfstudio.utils.rich_utils import CONSOLE
+        from rich.markup import escape
+
+        from ovs3d_nerfstudio.catalogue import write_catalogue
+        from ovs3d_nerfstudio.cli.labelling import pictures
+        from ovs3d_nerfstudio.cli.labels import ids
+        from ovs3d_nerfstudio.cli.listed import show_catalogue
+        from ovs3d_nerfstudio.files import write_json, written_beside
+        from ovs3d_nerfstudio.ply import with_labels, write_ply
+        from ovs3d_nerfstudio.prompts.palette import save_legend
+
         out, found = self.output_dir, run.samples().labelled(run.question())
         class_id = np.where(found.probability >= self.least_probability, found.class_id, 0)
         table = with_labels(table, class_id, found.probability)
@@ -136,52 +142,3 @@ class Command(SceneOptions):
         )
         show_catalogue(write_catalogue(run, out, table=table, table_frame="splat"), "data", "Gaussians")
         CONSOLE.print(escape(f"Look around: ns-viewer --load-config {out / 'run' / 'config.yml'}"), soft_wrap=True)
-
-
-def learned(config: OVS3DTrainerConfig) -> tuple[OVS3DPipeline, Path, int]:
-    """A training gone through, with a bar for its steps: its pipeline, its last checkpoint and the step of that."""
-    # As ns-train does.
-    torch.manual_seed(config.machine.seed)
-    np.random.seed(config.machine.seed)
-    trainer = config.setup(local_rank=0, world_size=1)
-    try:
-        trainer.setup()
-        with torch.random.fork_rng():
-            trainer.pipeline.prepare_features()
-        with steps_shown(trainer):
-            trainer.train()
-    finally:
-        # nerfstudio's writers are global: the next training of this process would write into this one's files too.
-        writer.EVENT_WRITERS.clear()
-        writer.GLOBAL_BUFFER.clear()
-    trainer.pipeline.eval()
-    step = config.max_num_iterations - 1
-    return trainer.pipeline, checkpoint_path(trainer.checkpoint_dir, step), step
-
-
-@contextmanager
-def steps_shown(trainer: Trainer) -> Iterator[None]:
-    """A bar of the steps and the time that is left."""
-    columns = (
-        TextColumn("[cyan]Learning what is where"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=CONSOLE) as progress:
-        task = progress.add_task("", total=trainer.config.max_num_iterations)
-        after = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
-        trainer.callbacks.append(TrainingCallback(after, lambda step: progress.update(task, completed=step + 1)))
-        yield
-
-
-@torch.no_grad()
-def pictures(pipeline: OVS3DPipeline) -> Iterator[Image.Image]:
-    """Two views of the training: as the splat shows them, and what is where on them."""
-    cameras = pipeline.datamanager.train_dataset.cameras
-    for view in (len(cameras) // 4, 3 * len(cameras) // 4):
-        outputs = pipeline.model.get_outputs_for_camera(cameras[view : view + 1].to(pipeline.device))
-        sides = torch.cat([outputs["rgb"], outputs["segmentation_overlay"]], 1)
-        yield Image.fromarray((sides.clamp(0, 1) * 255).round().byte().cpu().numpy())

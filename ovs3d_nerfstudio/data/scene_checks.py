@@ -48,7 +48,8 @@ class SceneError(UserError):
 @contextmanager
 def readable_scene(parser: DataParserConfig, data: Path) -> Iterator[None]:
     """Checks `data` before the block has `parser` read it, and frames keep their own camera models; what any parser stumbles
-    over, or would ask on a terminal that need not be there, becomes a SceneError."""
+    over, or would ask on a terminal that need not be there, becomes a SceneError. The numbers of all photos, which nerfstudio
+    logs, are left out."""
     if not data.exists():
         raise SceneError(f"The scene {data} does not exist; name the folder that holds its data with --data.")
     if isinstance(parser, NerfstudioDataParserConfig):
@@ -63,8 +64,14 @@ def readable_scene(parser: DataParserConfig, data: Path) -> Iterator[None]:
             "the command, such as --downscale-factor 1, which takes the photos as they are."
         )
 
+    log = CONSOLE.log
+
+    def shorter(*said: Any, **options: Any) -> None:
+        if "_indices to [" not in str(said[:1]):
+            log(*said, **options, _stack_offset=2)
+
     try:
-        with mock.patch.object(Confirm, "ask", refuse):
+        with mock.patch.object(Confirm, "ask", refuse), mock.patch.object(CONSOLE, "log", shorter):
             yield
     except (SceneError, PictureError):
         raise

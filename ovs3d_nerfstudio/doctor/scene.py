@@ -16,7 +16,7 @@ from PIL import Image
 
 from ovs3d_nerfstudio.data.capture import LOOKING_THERE, capture_of, nearest_to_axes
 from ovs3d_nerfstudio.data.scene_checks import check_cameras, readable_scene
-from ovs3d_nerfstudio.doctor.findings import Finding, good_or
+from ovs3d_nerfstudio.doctor.findings import Finding, good_or, refused
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
 from ovs3d_nerfstudio.pictures import evenly, list_pictures, picture_header
@@ -64,12 +64,6 @@ def scene_findings(parser: DataParserConfig, data: Path) -> list[Finding]:
         prompts(data),
     ]
     return findings
-
-
-def refused(about: str, error: UserError) -> Finding:
-    """What a user can mend, as a finding."""
-    what, _, remedy = str(error).partition("; ")
-    return Finding("error", about, f"{what.rstrip('.')}.", f"{remedy[:1].upper()}{remedy[1:]}")
 
 
 def cameras(photos: Sequence[Path], held_out: Sequence[Path], poses: Float[torch.Tensor, "N 3 4"]) -> list[Finding]:

@@ -277,7 +277,7 @@ def encoders(image_text: str, token: str, device: torch.device | str = "cpu") ->
         except EncoderError as error:
             lacking.append(error)
     if len(lacking) == 2:
-        reasons = "; ".join(str(error).partition(";")[0].rstrip(".") for error in lacking)
+        reasons = ". ".join(str(error).partition(";")[0].rstrip(".") for error in lacking)
         raise EncoderError(
             f"Neither encoder can be had here. {reasons}. Go online once, name local copies (open_clip:MODEL@FILE and "
             "dino:FOLDER), or take ovs3d-lite or ovs3d-splat-lite, whose encoders need no download "

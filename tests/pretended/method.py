@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pretended.cuda import pretend
@@ -179,6 +180,73 @@ class Method:
         assert "relevancy_sky" not in outputs
         look("the trained prompts again")
 
+    def asked_from_python(self) -> None:
+        """What `docs/python.md` says can be asked of a run."""
+        import ovs3d_nerfstudio as ovs3d
+
+        run = ovs3d.load_run(self.config, device="cuda")
+        camera = run.pipeline.datamanager.eval_dataset.cameras[0].to("cpu")
+        pose = np.vstack([camera.camera_to_worlds.numpy(), [0, 0, 0, 1]])
+        view = run.render_view(pose, camera.get_intrinsics_matrices().numpy(), (24, 16), ["cat", "sky"], frame="model")
+        assert view.labels.shape == (16, 24) and view.labels.max() >= 0, "it is a view of something"
+        there = view.depth[view.labels >= 0]
+        labels = run.label_points(np.random.default_rng(0).normal(size=(50, 3)), ["cat", "sky"], threshold=0.1)
+        features = run.features_at(np.zeros((3, 3)))
+        self.watch.numbers("Python", [float(array.sum()) for array in (there, labels.probabilities, features)], False)
+        assert not run.objects(["cat", "sky"], smallest=0.99) or run.find(["cat", "sky"], merge=True) is not None
+        assert run.render_view(pose, camera.get_intrinsics_matrices().numpy(), (8, 8), frame="model").rgb.shape == (
+            8,
+            8,
+            3,
+        )
+
+    def objects(self) -> None:
+        self.command("objects", "--load-config", self.config, "--output-dir", self.written("objects"))
+        assert (self.written("objects") / "objects.json").is_file()
+
+    def mesh(self) -> None:
+        words = ["--load-config", self.config, "--output-dir", self.written("mesh"), "--voxel", "0.1"]
+        self.command("export", "mesh", *words)
+        assert (self.written("mesh") / "mesh.ply").is_file()
+
+    def only(self) -> None:
+        """Pictures of one class alone: densities are masked, Gaussians are left out."""
+        words = ["--load-config", self.config, "--output-path", self.written("only"), "--split", "test"]
+        self.command("render", "dataset", *words, "--rendered-output-names", "rgb", "--only", "cat")
+
+    def doctor(self) -> None:
+        self.command("doctor", "--load-config", self.config, "--data", self.scenes / PLAIN)
+
+    def begun_with(self) -> None:
+        """Gaussians begin with what was trained, and learn on."""
+        from ovs3d_nerfstudio.configs import semantics_alone
+
+        splat = "ovs3d-splat-lite"
+        config = small(splat, self.scenes / PLAIN, self.out, "begun with it", mixed=False)
+        config.pipeline.model.init_from = self.config.parent
+        config.pipeline.datamanager.scales = self.opened().datamanager.config.scales
+        semantics_alone(config, STEPS)
+        config.pipeline.model.fda_start = 2
+        trainer = config.setup(local_rank=0, world_size=1)
+        trainer.setup()
+        self.watch.results_of(trainer.pipeline, "get_train_loss_dict", self.watch.learning)
+        trainer.train()
+        self.watch.state(trainer.pipeline, trainer.optimizers.optimizers)
+
+    def labelled(self) -> None:
+        """The splat that was trained, as if somebody else had made it."""
+        from ovs3d_nerfstudio.run import load_run
+
+        if not load_run(self.config).is_splat:
+            return
+        self.command("export", "splat", "--load-config", self.config, "--output-dir", self.written("splat"))
+        # Without photos: after so few steps it does not look like them.
+        words = ["--views", "4", "--method", self.name, "--steps", "3", "--prompts", "cat; sky"]
+        words += ["--image-text-encoder", "offline", "--token-encoder", "offline"]
+        words += ["--feature-cache-dir", self.written("features"), "--output-dir", self.written("labelled")]
+        self.command("label", self.written("splat") / "splat.ply", *words)
+        assert (self.written("labelled") / "splat.ply").is_file()
+
 
 STAGES: dict[str, Callable[[Method], None]] = {
     "trains": lambda method: method.train(TRAINED, PLAIN, mixed=True),
@@ -195,6 +263,17 @@ STAGES: dict[str, Callable[[Method], None]] = {
     "live": Method.live,
 }
 """In this order: what comes after the training needs it."""
+ASKED: dict[str, Callable[[Method], None]] = {
+    "Python": Method.asked_from_python,
+    "objects": Method.objects,
+    "mesh": Method.mesh,
+    "only": Method.only,
+    "doctor": Method.doctor,
+    "begun with": Method.begun_with,
+    "labelled": Method.labelled,
+}
+"""What differs between geometries alone: asked of one method of each."""
+OF_EACH_GEOMETRY = "ovs3d-lite", "ovs3d-splat-lite"
 
 
 def main(name: str, scenes: Path, folder: Path) -> None:
@@ -204,7 +283,7 @@ def main(name: str, scenes: Path, folder: Path) -> None:
     method = Method(name, scenes, folder)
     method.watch.results_of(Model, "get_outputs_for_camera", lambda outputs: method.watch.numbers("picture", outputs))
     report: dict[str, Any] = {"stages": {}, "seconds": {}}
-    for stage, work in STAGES.items():
+    for stage, work in {**STAGES, **(ASKED if name in OF_EACH_GEOMETRY else {})}.items():
         began = time.monotonic()
         try:
             with PretendedDevice():
