@@ -207,8 +207,10 @@ def test_the_demo_shows_what_both_geometries_say(run, trained, tmp_path, monkeyp
     figures = json.loads((folder / "metrics.json").read_text())
     assert figures["splat"].keys() == {"test", "train"} == figures.keys() - {"splat"}
     assert figures["splat"]["test"]["psnr"] > 20 and figures["splat"]["test"]["miou"] != figures["test"]["miou"]
-    width, height = Image.open(folder / "stills.png").size
-    assert width > 4 * 96 and height >= 3 * 72 and (folder / "legend.png").exists()
+    page = np.asarray(Image.open(folder / "stills.png").convert("L")).astype(int)
+    assert page.shape[1] > 4 * 96 and page.shape[0] >= 3 * 72 + 20 and (folder / "legend.png").exists()
+    titles = [page[:20, 100 * i : 100 * (i + 1)] for i in range(4)]
+    assert all(title.min() < 64 and title.max() == 255 for title in titles), "each column says what it is"
 
 
 def test_prompts_of_the_moment_and_a_click_in_the_viewer(opened):

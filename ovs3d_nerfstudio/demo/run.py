@@ -108,7 +108,8 @@ def leave_pictures(folder: Path, nerf: Judged, splat: Judged | None = None) -> N
     metrics = nerf.metrics | ({"splat": splat.metrics} if splat else {})
     with written_beside(folder / "metrics.json") as beside:
         beside.write_text(json.dumps(metrics, indent=2) + "\n")
-    page = stills(nerf.views, nerf.prompts, nerf.colors, others=[splat.views] if splat else [])
+    runs = {"NeRF": nerf.views} | ({"Gaussians": splat.views} if splat else {})
+    page = stills(nerf.views, nerf.prompts, nerf.colors, by=runs)
     Image.fromarray(page).save(folder / "stills.png")
     save_legend(folder / "legend.png", nerf.prompts, nerf.colors)
 

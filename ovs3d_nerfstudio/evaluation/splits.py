@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from ovs3d_nerfstudio.data.annotations import AnnotationError
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
 from ovs3d_nerfstudio.evaluation.metrics import match_classes, relabel
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
-from ovs3d_nerfstudio.prompts.palette import colorize, legend
+from ovs3d_nerfstudio.prompts.palette import colorize, legend, titled
 
 
 @dataclass
@@ -105,18 +105,21 @@ def stills(
     prompts: Sequence[str],
     colors: Float[np.ndarray, "C 3"],
     rows: int = 4,
-    others: Sequence[Sequence[SegmentedView]] = (),
+    by: Mapping[str, Sequence[SegmentedView]] | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Photo | truth | segmentation of up to `rows` views one below the other, with the legend at the right.
+    """Photo | truth | segmentation of up to `rows` views one below the other, under their names and with the legend at the
+    right.
 
-    `others` are the same views by other runs of these prompts, whose segmentations stand to the right of the first.
+    Where several runs of these prompts have segmented the same views, `by` has their names and views, in order; `views` then
+    are those of any of them.
     """
     chosen = np.linspace(0, len(views) - 1, min(rows, len(views))).astype(int)
     height, width = views[0].photo.shape[:2]
     gap = 4
-    lines = []
+    runs = by or {"segmentation": views}
+    lines = [np.concatenate([titled(name, width + gap) for name in ("photo", "truth", *runs)], 1)]
     for i in chosen:
-        maps = [views[i].truth, views[i].prediction, *(run[i].prediction for run in others)]
+        maps = [views[i].truth, *(run[i].prediction for run in runs.values())]
         pictures = [views[i].photo, *(_painted(labels, colors) for labels in maps)]
         resized = [np.array(Image.fromarray(p).resize((width, height), Image.Resampling.NEAREST)) for p in pictures]
         lines.append(np.concatenate([np.pad(p, ((0, gap), (0, gap), (0, 0)), constant_values=255) for p in resized], 1))

@@ -154,6 +154,14 @@ def save_legend(
     Image.fromarray(legend(prompts, colors, font_size, max_rows)).save(path)
 
 
+def titled(text: str, width: int, font_size: int = 18) -> UInt8[np.ndarray, "H width 3"]:
+    """A strip as wide as a picture, with what the picture is called in its middle, black on white."""
+    text, font = fitted_text(text, font_size)
+    strip = Image.new("RGB", (width, round(font_size * 1.6)), "white")
+    ImageDraw.Draw(strip).text((width // 2, strip.height // 2), text, fill="black", font=font, anchor="mm")
+    return np.array(strip)
+
+
 def _colors(slots: Sequence[int]) -> Float[np.ndarray, "n 3"]:
     return np.array([class_color(slot) for slot in slots], dtype=np.float32).reshape(-1, 3)
 
