@@ -211,7 +211,7 @@ class OVS3DPipeline(VanillaPipeline):
             text,
             basis.vectors,
             ranks.from_first(lambda: teachers.sample(SAMPLE_CELLS)),
-            config.image_text_encoder,
+            encoder.spec,
             encoder.fingerprint,
             config.model.class_scores,
         )

@@ -57,7 +57,9 @@ def open_run(
     datamanager.data = data or datamanager.data
     place = Path(datamanager.data or datamanager.dataparser.data)
     if not place.exists():
-        raise CommandError(f"The run's data, {place}, is not there; put it back, or say with --data where it is.")
+        raise CommandError(
+            f"The run's data, {place}, is not there; put it back, or say where it is: with --data, in Python with data=."
+        )
     config.relative_model_dir = (load_config.parent / config.relative_model_dir).resolve()
     saved = checkpoints(config.relative_model_dir)
     if not saved:

@@ -166,13 +166,17 @@ TRANSFORMS = {
     "a negative width": (meta(w=-48), "has the w -48"),
     "no height": (meta(h=None), "has the h None"),
     "distortion of text": (meta(k1="much"), ["NerfstudioDataParserConfig cannot read", "much"]),
-    "a camera model in a frame": (
-        frame(camera_model="OPENCV_FISHEYE"),
-        ["frame 3 (images/03.png)", "'OPENCV_FISHEYE'", "the top of the file (OPENCV"],
+    "a panorama among photos": (
+        frame(camera_model="EQUIRECTANGULAR"),
+        ["(EQUIRECTANGULAR, PERSPECTIVE)", "FISHEYE and PERSPECTIVE may stand together", "apart"],
     ),
-    "a camera model in all frames": (
-        lambda scene: [meta(camera_model=...)(scene), frames(fisheye)(scene)],
-        ["frame 0", "'OPENCV_FISHEYE'", "write it there"],
+    "distortion at the top, and two camera models": (
+        lambda scene: [meta(k1=0.1)(scene), frame(camera_model="OPENCV_FISHEYE")(scene)],
+        ["has k1 at the top, but camera models in its frames"],
+    ),
+    "a fisheye's crop at the top, and its camera model in frames": (
+        lambda scene: [meta(camera_model=..., fisheye_crop_radius=12.0)(scene), frames(fisheye)(scene)],
+        ["has fisheye_crop_radius at the top", "write one camera_model at the top"],
     ),
     "an unknown camera model in a frame": (frame(camera_model="LENS"), ["frame 3", "'LENS'"]),
     "a fisheye of another program": (meta(is_fisheye=True), ["is_fisheye", '"camera_model": "OPENCV_FISHEYE"']),

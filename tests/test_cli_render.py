@@ -113,11 +113,13 @@ def test_the_way_around_a_scene_is_smooth_and_sees_all_of_it(span, closed):
 
 def test_poses_of_a_transforms_json_are_rendered_through_their_lenses():
     frames = [{"transform_matrix": np.eye(4).tolist(), "w": 4 + i, "k1": 0.1 * i} for i in range(3)]
+    frames[1]["camera_model"] = "PINHOLE"
     shared = {"fl_x": 50, "fl_y": 60, "cx": 2, "cy": 1.5, "h": 3, "camera_model": "OPENCV_FISHEYE"}
     cameras, seconds = poses_of({**shared, "frames": frames})
     assert cameras.width.flatten().tolist() == [4, 5, 6] and (cameras.height == 3).all() and (cameras.fy == 60).all()
     assert cameras.distortion_params[:, 0].tolist() == pytest.approx([0, 0.1, 0.2]) and seconds == 3 / 24
-    assert (cameras.camera_type == CameraType.FISHEYE.value).all()
+    fisheye, perspective = CameraType.FISHEYE.value, CameraType.PERSPECTIVE.value
+    assert cameras.camera_type.flatten().tolist() == [fisheye, perspective, fisheye]
     with pytest.raises(LookupError):
         poses_of({"frames": [{"transform_matrix": np.eye(4).tolist()}]})
 

@@ -68,7 +68,9 @@ def shots(count=5, sizes=((64, 48),), lens: str | None = None) -> list[Camera]:
 
 
 def write_scene(folder: Path, cameras: list[Camera], stem="view {}", alpha=False, masks=False) -> Path:
-    """A nerfstudio dataset of these cameras with exact masks of the classes; the last view is held out."""
+    """A nerfstudio dataset of these cameras with exact masks of the classes; the last view is held out. Their model stands at the
+    top of transforms.json, or in each frame where there are several."""
+    models = [camera.model if isinstance(camera, Lens) else "OPENCV" for camera in cameras]
     (folder / "images").mkdir(parents=True)
     frames = []
     for i, camera in enumerate(cameras):
@@ -79,6 +81,8 @@ def write_scene(folder: Path, cameras: list[Camera], stem="view {}", alpha=False
         frame |= {"w": camera.width, "h": camera.height}
         if isinstance(camera, Lens):
             frame |= LENSES[camera.model][1]
+        if len(set(models)) > 1:
+            frame["camera_model"] = models[i]
         if masks:
             (folder / "masks").mkdir(exist_ok=True)
             Image.fromarray((seen_of(index) * 255).astype(np.uint8)).save(folder / "masks" / f"{name}.png")
@@ -88,10 +92,10 @@ def write_scene(folder: Path, cameras: list[Camera], stem="view {}", alpha=False
             Image.fromarray(classes_of(index) == c).save(folder / "segmentations" / name / f"{prompt}.png")
         frames.append(frame)
     (folder / "segmentations" / "classes.txt").write_text("\n".join(NAMES))
-    model = cameras[0].model if isinstance(cameras[0], Lens) else "OPENCV"
     files = [frame["file_path"] for frame in frames]
     splits = {"train_filenames": files[:-1], "val_filenames": files[-1:], "test_filenames": files[-1:]}
-    meta = {"camera_model": model, "orientation_override": "none", **splits, "frames": frames}
+    top = {"camera_model": models[0]} if len(set(models)) == 1 else {}
+    meta = {**top, "orientation_override": "none", **splits, "frames": frames}
     (folder / "transforms.json").write_text(json.dumps(meta))
     return folder
 
@@ -141,6 +145,10 @@ KINDS = {
     "sizes": shots(sizes=((64, 48), (48, 64), (80, 40))),
     "distorted": shots(lens="OPENCV"),
     "fisheye": shots(lens="OPENCV_FISHEYE"),
+    "perspective and fisheye": [
+        (fisheye if i in (1, 4) else plain)
+        for i, (plain, fisheye) in enumerate(zip(shots(), shots(lens="OPENCV_FISHEYE"), strict=True))
+    ],
 }
 
 

@@ -5,6 +5,7 @@ import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -63,7 +64,10 @@ def write_record3d(scene: Path, work: Path) -> list[str]:
         json.dumps({"poses": np.array(poses).tolist(), "K": matrix, "w": SIZE[0], "h": SIZE[1]})
     )
     paths = [Path(f"images/{name}.jpg") for name in names]
-    record3d_utils.record3d_to_json(paths, work / "metadata.json", scene, np.arange(SHOTS))
+    convert = record3d_utils.record3d_to_json
+    # nerfstudio's main branch takes points too, and is told that there are none.
+    no_points = dict.fromkeys({"ply_dirname", "voxel_size"} & set(signature(convert).parameters))
+    convert(paths, work / "metadata.json", scene, np.arange(SHOTS), **no_points)
     return names
 
 

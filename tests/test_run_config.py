@@ -1,9 +1,12 @@
 """Every config.yml that we write is read again, whatever data and options made it, from any folder and after a move."""
 
 import copy
+import dataclasses
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,9 +17,12 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 
+from ovs3d_nerfstudio.cli import SUBCOMMANDS
+from ovs3d_nerfstudio.encoders.base import encoders
 from ovs3d_nerfstudio.engine.checkpoints import checkpoint_path, write_checkpoint
 from ovs3d_nerfstudio.engine.run_config import RunLoader
 from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.prompts.embedding import Embedder
 from ovs3d_nerfstudio.run_files import open_run, our_methods
 
 
@@ -116,6 +122,30 @@ def test_paths_lead_to_the_run_and_its_data_from_any_folder(moved):
     assert "opened_in" not in (moved / "config.yml").read_text()
 
 
+def test_local_weights_are_found_from_any_folder(tmp_path, weights, checkpoints, monkeypatch):
+    """Those of a training, which the config and what a checkpoint holds name, and the splat or the run that it began with."""
+    monkeypatch.chdir(weights)
+    config = small_config(make_small_scene(tmp_path / "scene"))
+    config.output_dir, config.pipeline.prompts = tmp_path, "grass; sheep"
+    config.pipeline.image_text_encoder, config.pipeline.token_encoder = "open_clip:tiny-ovs3d@clip.pt", "dino:dino@64"
+    config.save_config()
+    trained = opened(config)
+    trained.prepare_features()
+    splats = copy.deepcopy(all_methods["ovs3d-splat-lite"])
+    splats.output_dir, splats.pipeline.model.init_from = tmp_path, Path("splat.ply")
+    splats.save_config()
+    monkeypatch.chdir(tmp_path)
+    read, read_splats = (
+        yaml.load((written.get_base_dir() / "config.yml").read_text(), Loader=RunLoader).pipeline
+        for written in (config, splats)
+    )
+    image_text, tokens = encoders(read.image_text_encoder, read.token_encoder)
+    assert tokens.short_edge == 64 and Path(tokens.name) == weights / "dino"
+    assert Embedder("cpu")(trained.model.segmenter, ["goat"]).allclose(image_text.embed_text(["goat"]))
+    assert read_splats.model.init_from == weights / "splat.ply"
+    assert (read_splats.image_text_encoder, read_splats.token_encoder) == ("offline", "offline")
+
+
 def test_nerfstudios_commands_open_a_run_where_its_config_lies(moved, monkeypatch):
     shutil.rmtree(moved.parent / "there" / "outputs")
     for place in (moved / "config.yml", Path("../run/config.yml")):
@@ -133,16 +163,22 @@ def test_data_that_are_gone_are_said_with_options_that_there_are(moved, capsys):
     with pytest.raises(SystemExit):
         eval_setup(moved / "config.yml", test_mode="test")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "there/scene, is not there; put it back, or a link" in printed and "--data to `ovs3d eval`" in printed
-    with pytest.raises(UserError, match="--data"):
+    assert "there/scene, is not there; put it back, or a link" in printed
+    assert "Every `ovs3d` command on a run takes --data." in printed
+    with pytest.raises(UserError, match=r"with --data, in Python with data=\."):
         open_run(moved)
     with pytest.raises(UserError, match="no features yet"):  # found
         open_run(moved, data=moved.parent / "scene")
 
 
 def test_every_subcommand_that_opens_a_run_takes_the_place_of_its_data():
-    from ovs3d_nerfstudio.cli import eval, export, render
+    def parts(command: object) -> list[type]:
+        """The dataclasses that a subcommand is one of."""
+        if dataclasses.is_dataclass(command):
+            return [command]
+        return [part for argument in get_args(command) for part in parts(argument)]
 
-    commands = [eval.Command, export.ExportPointCloud, export.ExportMesh, export.ExportSplat]
-    commands += [render.RenderDataset, render.RenderCameraPath, render.RenderInterpolated, render.RenderSpiral]
-    assert all("data" in command.__dataclass_fields__ for command in commands)
+    commands = [part for name in SUBCOMMANDS for part in parts(import_module(f"ovs3d_nerfstudio.cli.{name}").Command)]
+    fields = [{field.name for field in dataclasses.fields(command)} for command in commands]
+    openers = [names for names in fields if "load_config" in names]
+    assert len(openers) == 10 and all("data" in names for names in openers)

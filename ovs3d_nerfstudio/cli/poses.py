@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from nerfstudio.cameras.camera_paths import get_path_from_json
 from nerfstudio.cameras.camera_utils import get_distortion_params
-from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, Cameras
+from nerfstudio.cameras.cameras import Cameras
 
+from ovs3d_nerfstudio.data.camera_models import kind_of
 from ovs3d_nerfstudio.data.frames import Frame
 
 FRAME_RATE = 24
@@ -44,7 +45,8 @@ def in_model(cameras: Cameras, frame: Frame) -> Cameras:
 
 
 def _of_transforms(content: dict[str, Any]) -> Cameras:
-    """The frames, in the order of the file; what is given for all of them goes before what each has, as nerfstudio reads it."""
+    """The frames, in the order of the file; as nerfstudio reads it, what is given for all of them goes before what each has, but
+    for their camera models."""
     frames = content["frames"]
 
     def each(key: str) -> torch.Tensor:
@@ -65,5 +67,5 @@ def _of_transforms(content: dict[str, Any]) -> Cameras:
         width=each("w").int(),
         height=each("h").int(),
         distortion_params=torch.stack(distortion),
-        camera_type=CAMERA_MODEL_TO_TYPE[content.get("camera_model", "OPENCV")],
+        camera_type=torch.tensor([[kind_of(content, frame).value] for frame in frames]),
     )

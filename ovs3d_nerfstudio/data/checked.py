@@ -58,8 +58,8 @@ class CheckedData(DataManager, nn.Module):
                 test_mode != "val" and not place.exists()
             ):  # a run is opened, and nerfstudio's commands ask for no other place
                 raise SceneError(
-                    f"The run's data, {place}, is not there; put it back, or a link to where it is, or give --data to `ovs3d eval`, "
-                    "`ovs3d render` or `ovs3d export`."
+                    f"The run's data, {place}, is not there; put it back, or a link to where it is. Every `ovs3d` command on a run "
+                    "takes --data."
                 )
         with user_errors(), readable_scene(parser, place):
             try:

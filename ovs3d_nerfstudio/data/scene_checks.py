@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio, NerfstudioDataParserConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 from rich.prompt import Confirm
 from torch import Tensor
 
+from ovs3d_nerfstudio.data.camera_models import MIXED, EachFramesModel, kind_of, model_of
 from ovs3d_nerfstudio.data.capture import Capture, capture_of
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.pictures import BLURRING, Header, PictureError, picture_header
@@ -46,12 +47,15 @@ class SceneError(UserError):
 
 @contextmanager
 def readable_scene(parser: DataParserConfig, data: Path) -> Iterator[None]:
-    """Checks `data` before the block has `parser` read it; what any parser stumbles over, or would ask on a terminal that need
-    not be there, becomes a SceneError. The numbers of all photos, which nerfstudio logs, are left out."""
+    """Checks `data` before the block has `parser` read it, and frames keep their own camera models; what any parser stumbles
+    over, or would ask on a terminal that need not be there, becomes a SceneError. The numbers of all photos, which nerfstudio
+    logs, are left out."""
     if not data.exists():
         raise SceneError(f"The scene {data} does not exist; name the folder that holds its data with --data.")
     if isinstance(parser, NerfstudioDataParserConfig):
         check_transforms(data)
+        if parser._target is Nerfstudio:
+            parser._target = EachFramesModel
 
     def refuse(question: str = "", **options: Any) -> NoReturn:
         asked = " ".join(str(question).split())
@@ -104,9 +108,7 @@ def check_transforms(data: Path) -> None:
         raise SceneError(
             f"{path} has {'one frame' if frames else 'no frame'}; a scene needs photos from several places, some dozens for a good field."
         )
-    model = meta.get("camera_model", "OPENCV")
-    if model not in [*CAMERA_MODEL_TO_TYPE]:
-        raise SceneError(f"{path} has the camera_model {model!r}; give one of: {', '.join(CAMERA_MODEL_TO_TYPE)}.")
+    _check_model(str(path), meta, {})
     first: dict[str, int] = {}
     for number, frame in enumerate(frames):
         name = f"{path}: frame {number} ({frame.get('file_path')})"
@@ -117,6 +119,7 @@ def check_transforms(data: Path) -> None:
             raise SceneError(
                 f"{name} is the picture of frame {other} too; take one of the two out, or give it its own."
             )
+    _check_mixture(path, meta)
     masks = sum("mask_path" in frame for frame in frames)
     if 0 < masks < len(frames):
         raise SceneError(
@@ -163,18 +166,10 @@ def _check_frame(name: str, meta: dict[str, Any], frame: dict[str, Any]) -> None
 
 def check_what_is_read(name: str, meta: dict[str, Any], frame: dict[str, Any]) -> None:
     """Raises SceneError, which begins with `name`, when a frame says of its camera what nerfstudio's parser passes over: it takes
-    the model from the top alone, and whatever else stands there from there for all frames."""
-    at_the_top = meta.get("camera_model", "OPENCV")
-    model = frame.get("camera_model", at_the_top)
-    if model not in [*CAMERA_MODEL_TO_TYPE] or CAMERA_MODEL_TO_TYPE[model] is not CAMERA_MODEL_TO_TYPE[at_the_top]:
-        raise SceneError(
-            f"{name} has the camera_model {model!r}, but what counts is that of the top of the file ({at_the_top} where there is "
-            "none); write it there, for all frames, and train pictures of other models apart."
-        )
-    if (meta.get("is_fisheye") or frame.get("is_fisheye")) and CAMERA_MODEL_TO_TYPE[model] is CameraType.PERSPECTIVE:
-        raise SceneError(
-            f'{name} is_fisheye, which is not read; write "camera_model": "OPENCV_FISHEYE" at the top of the file.'
-        )
+    what stands at the top from there for all frames."""
+    _check_model(name, meta, frame)
+    if (meta.get("is_fisheye") or frame.get("is_fisheye")) and kind_of(meta, frame) is CameraType.PERSPECTIVE:
+        raise SceneError(f'{name} is_fisheye, which is not read; write "camera_model": "OPENCV_FISHEYE" in its place.')
     top = any(key in meta for key in DISTORTION_AT_THE_TOP)
     for key in (*INTRINSICS, *DISTORTION, "distortion_params"):
         read = meta.get(key, 0.0 if top and key in DISTORTION else None)
@@ -186,6 +181,33 @@ def check_what_is_read(name: str, meta: dict[str, Any], frame: dict[str, Any]) -
     if not top and meta.get("k4"):
         raise SceneError(
             f"{name} gets no k4, which stands alone at the top; write k1, k2 and k3 beside it, 0 if need be."
+        )
+
+
+def _check_model(name: str, meta: dict[str, Any], frame: dict[str, Any]) -> None:
+    """Raises SceneError, which begins with `name`, for a camera model that there is not."""
+    model = model_of(meta, frame)
+    if model not in [*CAMERA_MODEL_TO_TYPE]:
+        raise SceneError(f"{name} has the camera_model {model!r}; give one of: {', '.join(CAMERA_MODEL_TO_TYPE)}.")
+
+
+def _check_mixture(path: Path, meta: dict[str, Any]) -> None:
+    """Raises SceneError when frames of several camera models cannot be trained together, or what stands at the top of the file
+    is not meant for all."""
+    kinds = {kind_of(meta, frame) for frame in meta["frames"]}
+    if len(kinds) > 1 and not kinds <= MIXED:
+        names = ", ".join(sorted(kind.name for kind in kinds))
+        raise SceneError(
+            f"{path} has frames of several camera models ({names}), of which only {' and '.join(sorted(kind.name for kind in MIXED))} "
+            "may stand together; train the others apart."
+        )
+    shared = [key for key in (*DISTORTION, "distortion_params") if meta.get(key)] if len(kinds) > 1 else []
+    if kinds != {kind_of(meta, {})} and "fisheye_crop_radius" in meta:
+        shared.append("fisheye_crop_radius")
+    if shared:
+        raise SceneError(
+            f"{path} has {' and '.join(shared)} at the top, but camera models in its frames; write one camera_model at the top "
+            "and train pictures of other models apart, or take what is at the top out."
         )
 
 

@@ -1,7 +1,8 @@
 """The two interfaces that an encoder fulfils, and how one is chosen by name.
 
 An encoder knows nothing of nerfstudio. It is named by a *spec*, `NAME` or `NAME:OPTION`: NAME is an entry point of the
-group below, OPTION is handed to it as written (a model name, a local path…). A third party's package joins by declaring
+group below, OPTION is handed to it as written (a model name, a local path…). An encoder that takes a path for a local one keeps
+it absolute in `option`: runs remember that, and are opened from other folders. A third party's package joins by declaring
 
     [project.entry-points."ovs3d.image_text_encoders"]
     my-encoder = "my_package:MyEncoder"
@@ -61,6 +62,8 @@ def check_lengths(prompts: Sequence[str], tokens: Sequence[int], most: int, mode
 class ImageTextEncoder(ABC):
     """Embeds picture boxes and prompts in one space of unit vectors of width `dim`."""
 
+    spec: str
+    """What it is chosen by again, from any folder; known once it was chosen by a spec."""
     input_size: int = 224
     """Side in pixels of the square crops that `embed_crops` takes."""
     batch_size: int = 64
@@ -204,6 +207,8 @@ def pool_boxes(feature_map: Float[Tensor, "C h w"], boxes: Float[Tensor, "B 4"])
 class TokenEncoder(ABC):
     """Turns a picture into a grid of local features: DINO's patch tokens, or what stands in for them."""
 
+    spec: str
+    """As `ImageTextEncoder.spec`."""
     kept_dims: int = 64
     """Leading directions of a view's tokens that the cache keeps."""
 
@@ -237,12 +242,14 @@ def _choose(group: str, spec: str, device: torch.device | str):
             f"There is no encoder '{name}' in the group {group}; choose one of: {', '.join(sorted(known))}."
         )
     try:
-        encoder = known[name].load()
+        make = known[name].load()
     except ImportError as error:
         raise EncoderError(
             f"The encoder '{name}' cannot be imported ({reason(error)}); install what it needs."
         ) from error
-    return encoder(option, device)
+    encoder = make(option, device)
+    encoder.spec = f"{name}:{encoder.option}" if encoder.option else name
+    return encoder
 
 
 def image_text_encoder(spec: str, device: torch.device | str = "cpu") -> ImageTextEncoder:

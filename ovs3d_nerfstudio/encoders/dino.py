@@ -45,8 +45,11 @@ class DinoEncoder(TokenEncoder):
             self.short_edge = int(edge)
         else:
             name = option or DEFAULT
-        self.folder = Path(name).expanduser() if Path(name).expanduser().is_dir() else None
-        if self.folder is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        folder = Path(name).expanduser().absolute()
+        self.folder = folder if folder.is_dir() else None
+        if self.folder is not None:
+            self.option = f"{folder}{(option or DEFAULT).removeprefix(name)}"
+        elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
             raise EncoderError(
                 f"There is no folder '{name}'; give a folder saved by transformers, or a model of the hub."
             )

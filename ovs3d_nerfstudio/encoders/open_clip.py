@@ -66,7 +66,8 @@ class OpenClipEncoder(ImageTextEncoder):
             trained = [open_clip.get_pretrained_cfg(self.model_name, self.weights)]
             wants_quick_gelu = bool(trained[0].get("quick_gelu", False))
         else:
-            self._file = Path(self.weights).expanduser()
+            self._file = Path(self.weights).expanduser().absolute()
+            self.option = f"{name}@{self._file}"
             if not self._file.is_file():
                 raise EncoderError(
                     f"'{self.weights}' is neither a file nor a tag of weights for {name}; "

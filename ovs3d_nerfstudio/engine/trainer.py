@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.utils.writer import EventName
 from rich.markup import escape
 
+from ovs3d_nerfstudio.encoders.base import EncoderError, image_text_encoder, token_encoder
 from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.engine.anomaly import check_weights
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints
@@ -254,13 +255,14 @@ class Processes:
 
 
 def _from_anywhere(config: OVS3DTrainerConfig) -> OVS3DTrainerConfig:
-    """A copy whose paths are absolute, but for those within the data and within the run."""
+    """A copy whose paths, those of weights among them, are absolute, but for those within the data and within the run."""
     config = deepcopy(config)
     pipeline: Any = config.pipeline
     datamanager = pipeline.datamanager
     places = (
         (config, ("data", "output_dir", "load_dir", "load_checkpoint", "load_config")),
         (pipeline, ("prompts_file",)),
+        (pipeline.model, ("init_from",)),
         (datamanager, ("data", "feature_cache_dir")),
         (datamanager.dataparser, ("data",)),
     )
@@ -269,6 +271,10 @@ def _from_anywhere(config: OVS3DTrainerConfig) -> OVS3DTrainerConfig:
             path = getattr(part, name, None)
             if isinstance(path, Path) and path != Path():  # which is none
                 setattr(part, name, path.absolute())
+    choices = (("image_text_encoder", image_text_encoder), ("token_encoder", token_encoder))
+    for name, choose in choices:
+        with suppress(EncoderError):  # which the pipeline says
+            setattr(pipeline, name, choose(getattr(pipeline, name)).spec)
     return config
 
 
