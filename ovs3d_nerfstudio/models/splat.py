@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Int16
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.models.splatfacto import RGB2SH, SplatfactoModel, SplatfactoModelConfig, num_sh_bases
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ovs3d_nerfstudio.engine.option_checks import SHARE, SIZE, Range
@@ -100,7 +101,8 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
     def begin_at(self, points: Float[Tensor, "n 3"], colors: Float[Tensor, "n 3"]) -> None:
         """Begins at points with their colours in [0, 1], as splatfacto does: round, as wide as to the three nearest others."""
         config, count = self.config, len(points)
-        distances, _ = self.k_nearest_sklearn(points.cpu(), 3)
+        places = points.cpu().numpy()
+        distances = cKDTree(places).query(places, k=4)[0][:, 1:]  # the nearest is the point itself
         scales = torch.from_numpy(np.log(distances.mean(-1, keepdims=True).clip(1e-7))).float().expand(-1, 3)
         colors = colors.clamp(1e-3, 1 - 1e-3)
         base = RGB2SH(colors) if config.sh_degree > 0 else torch.logit(colors)
