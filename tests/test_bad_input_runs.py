@@ -241,7 +241,7 @@ ENCODERS = [
     ("token_encoder", "dina", ["no encoder 'dina'", "dino, offline"]),
     ("token_encoder", "dino:/nowhere/at/all", "/nowhere/at/all"),
     ("token_encoder", "dino:./scene", "cannot be loaded"),
-    ("token_encoder", "dino:folder", ["'folder' cannot be loaded"]),
+    ("token_encoder", "dino:folder", ["folder' cannot be loaded"]),
     ("token_encoder", "dino:bert", "no plain vision transformer"),
     ("token_encoder", "offline:x", "64 or more"),
 ]
