@@ -68,6 +68,23 @@ def test_a_checkpoint_holds_nothing_but_tensors_and_plain_values(saved):
         torch.serialization.add_safe_globals(allowed)
 
 
+def test_ctrl_c_while_a_checkpoint_is_written_stays_ctrl_c(tmp_path, monkeypatch):
+    """torch makes another error of it, which looks like a full disk."""
+    save, writes = torch.save, []
+
+    class Interrupted:
+        def write(self, part: bytes) -> int:
+            writes.append(part)
+            if len(writes) == 3:
+                raise KeyboardInterrupt
+            return len(part)
+
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "models" / "step-000000001.ckpt", {"weights": torch.zeros(9)})
+    assert len(writes) >= 3 and [path.name for path in tmp_path.rglob("*")] == ["models"]
+
+
 def test_a_checkpoint_of_nerfstudios_own_trainer_is_read(tmp_path):
     """Its schedulers' state has NumPy scalars."""
     torch.save({"step": 1, "pipeline": {}, "optimizers": {}, "schedulers": {"lr": np.float64(0.5)}}, tmp_path / "old")

@@ -60,8 +60,10 @@ def write_checkpoint(path: Path, state: dict) -> None:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):  # torch hides it behind an error of its own
-            cause = cause.__context__
+        while cause is not None and not isinstance(cause, (OSError, KeyboardInterrupt)):
+            cause = cause.__context__  # torch hides it behind an error of its own
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         why = (cause and cause.strerror) or reason(error)
         raise CheckpointError(f"The checkpoint {path} cannot be written ({why}); make room there.") from error
 
