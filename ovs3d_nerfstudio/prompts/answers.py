@@ -149,13 +149,11 @@ class Question:
         return self.kept[self.labels(directions)]  # −1, none, finds the last
 
     def relevancy(self, directions: Float[Tensor, "n K"], index: int) -> Float[Tensor, "n 1"]:
-        """The relevancy map of one prompt, in [0, 1]; 0 where there is nothing."""
+        """The relevancy map of one prompt, in [0, 1], where there is something."""
         one = slice(index, index + 1)
         if not self.answering.normalise:
-            relevancy = self.probabilities(directions)[:, one]
-        else:
-            relevancy = stretched(directions @ self.text[:, one], *self.segmenter.range[:, one]).clamp(0, 1)
-        return relevancy * something(directions)[:, None]
+            return self.probabilities(directions)[:, one]
+        return stretched(directions @ self.text[:, one], *self.segmenter.range[:, one]).clamp(0, 1)
 
 
 class Answers(Mapping[str, Tensor]):
@@ -206,7 +204,7 @@ class Answers(Mapping[str, Tensor]):
         if name in question.names:
             index = question.names.index(name)
             relevancy = self._each(lambda directions: question.relevancy(directions, index))
-            return relevancy.view(*self.rgb.shape[:-1], 1)
+            return relevancy.view(*self.rgb.shape[:-1], 1) * self.there
         if not question.names or name not in ("segmentation", "segmentation_overlay"):
             raise KeyError(name)
         colors = colorize(self.labels, question.segmenter.colors)
