@@ -129,7 +129,7 @@ def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_yticks(range(len(TIMES)), [ROWS[what][0].format(prompts=PROMPTS).removesuffix(", ms") for what in TIMES])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(right=6 * axes.get_xlim()[1])
+    axes.set_xlim(axes.get_xlim()[0] / 2, 6 * axes.get_xlim()[1])
     axes.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
