@@ -118,6 +118,7 @@ class OVS3DPipeline(VanillaPipeline):
         # As if alone: nerfstudio would wrap the model for gradients to be averaged right away, when its parameters do not
         # have their sizes yet, and for CUDA only. See `prepare_features`.
         super().__init__(config, device, test_mode, grad_scaler=grad_scaler)
+        self.datamanager.to(device)  # what makes rays of pixels; nerfstudio's main branch does so no more
         self.world_size = world_size
         self.loss_guard = LossGuard(
             late=torch.device(device).type != "cpu" and bool(grad_scaler and grad_scaler.is_enabled())
