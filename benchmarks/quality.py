@@ -158,7 +158,7 @@ def save_sheet(job: Job, rows: Sequence[str]) -> None:
                 views.append(SegmentedView(row, np.asarray(photo), arrays["prediction"], arrays["truth"]))
     if views:
         prompts = check_scene(job.scene)
-        sheet = stills(views, prompts, palette(len(prompts)), rows=len(views))
+        sheet = stills({"segmentation": views}, prompts, palette(len(prompts)), rows=len(views))
         Image.fromarray(sheet).save(_pictures(job).with_suffix(".png"))
 
 

@@ -109,7 +109,7 @@ def leave_pictures(folder: Path, nerf: Judged, splat: Judged | None = None) -> N
     with written_beside(folder / "metrics.json") as beside:
         beside.write_text(json.dumps(metrics, indent=2) + "\n")
     runs = {"NeRF": nerf.views} | ({"Gaussians": splat.views} if splat else {})
-    page = stills(nerf.views, nerf.prompts, nerf.colors, by=runs)
+    page = stills(runs, nerf.prompts, nerf.colors)
     Image.fromarray(page).save(folder / "stills.png")
     save_legend(folder / "legend.png", nerf.prompts, nerf.colors)
 

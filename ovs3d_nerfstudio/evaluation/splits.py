@@ -101,22 +101,19 @@ def evaluate_split(pipeline: OVS3DPipeline, split: Literal["test", "train"]) -> 
 
 
 def stills(
-    views: Sequence[SegmentedView],
+    runs: Mapping[str, Sequence[SegmentedView]],
     prompts: Sequence[str],
     colors: Float[np.ndarray, "C 3"],
     rows: int = 4,
-    by: Mapping[str, Sequence[SegmentedView]] | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Photo | truth | segmentation of up to `rows` views one below the other, under their names and with the legend at the
-    right.
+    """Photo | truth | segmentation by each run of up to `rows` views one below the other, with the legend at the right.
 
-    Where several runs of these prompts have segmented the same views, `by` has their names and views, in order; `views` then
-    are those of any of them.
+    `runs` are the same views as runs of these prompts have segmented them, by what stands above their column.
     """
+    views = next(iter(runs.values()))
     chosen = np.linspace(0, len(views) - 1, min(rows, len(views))).astype(int)
     height, width = views[0].photo.shape[:2]
     gap = 4
-    runs = by or {"segmentation": views}
     lines = [np.concatenate([titled(name, width + gap) for name in ("photo", "truth", *runs)], 1)]
     for i in chosen:
         maps = [views[i].truth, *(run[i].prediction for run in runs.values())]
