@@ -294,15 +294,18 @@ def restrict_views(scene: Path, count: int, folder: Path) -> Path:
         raise QualityError(f"{scene} does not list its train_filenames, so no view can be left out; leave views-N out.")
     names = sorted(meta["train_filenames"])
     chosen = set(np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int).tolist())
-    stems = Annotations(root, [Path(frame["file_path"]) for frame in meta["frames"]]).views
+    photos = [Path(frame["file_path"]) for frame in meta["frames"]]
+    stems = Annotations(root, photos).views if (root / "segmentations").is_dir() else {}
     annotated = [i for i, name in enumerate(names) if Path(name).stem in stems]
     for i in annotated:
         if i not in chosen:
             chosen.remove(min(chosen.difference(annotated), key=lambda j: abs(j - i)))
             chosen.add(i)
     meta["train_filenames"] = [names[i] for i in sorted(chosen)]
-    # A copy: links that lead out of a scene are not followed.
-    shutil.copytree(root / "segmentations", folder / "segmentations", dirs_exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (root / "segmentations").is_dir():
+        # A copy: links that lead out of a scene are not followed.
+        shutil.copytree(root / "segmentations", folder / "segmentations", dirs_exist_ok=True)
     (folder / "transforms.json").write_text(json.dumps(meta))
     return (folder / "transforms.json").resolve()
 

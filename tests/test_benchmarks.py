@@ -1,11 +1,9 @@
 """The benchmarks in short forms. Quality: a small scene, half of the training; the field must be worth its trouble. Cost: one turn."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import command
 from PIL import Image
@@ -98,16 +96,16 @@ def test_without_a_gpu_its_benchmark_says_that_it_needs_one(tmp_path):
     assert done.returncode == 1 and "there is an NVIDIA card" in " ".join(done.stdout.split()), done.stdout
 
 
-def test_the_geometry_benchmark_tells_photos_and_depth_and_goes_on_where_it_was(scene, tmp_path):
-    data = shutil.copytree(scene, tmp_path / "scene", ignore=shutil.ignore_patterns(".ovs3d-cache"))
-    (data / "depth").mkdir()
-    for photo in (data / "images").iterdir():
-        Image.fromarray(np.full((72, 96), 20_000, np.uint16)).save(data / "depth" / f"{photo.stem}.png")
-    words = ["--scene", data, "--rows", "full", "no-depth+views-5", "--steps", 3, "--seeds"]
+def test_the_geometry_benchmark_tells_photos_and_depth_and_goes_on_where_it_was(tmp_path):
+    """On a scene that is made for it."""
+    told = command("python", BENCHMARKS / "generated.py", "made", "--views", 8, 1, cwd=tmp_path).stdout
+    scenes = sorted(folder.name for folder in (tmp_path / "made").iterdir())
+    assert all(f"--scene made/{name}" in told for name in scenes) and len(scenes) == 6
+    words = ["--scene", "made/low", "--rows", "full", "no-depth+views-5", "--steps", 3, "--seeds"]
     command("python", BENCHMARKS / "geometry.py", *words, 0, cwd=tmp_path)
     printed = command("python", BENCHMARKS / "geometry.py", *words, 0, 1, cwd=tmp_path).stdout
     results = json.loads((tmp_path / "geometry.json").read_text())
     assert [(r["row"], r["seed"]) for r in results] == [(row, seed) for seed in (0, 1) for row in words[3:5]]
     assert all(r["psnr"] > 5 and 0 <= r["wrong"] <= 1 and r["error"] > 0 for r in results)
-    assert "| scene | full | 2 |" in printed and "| scene | no-depth+views-5 | 2 |" in printed
+    assert "| low | full | 2 |" in printed and "| low | no-depth+views-5 | 2 |" in printed
     assert printed.count("rays end, for geometry to begin there") == 1

@@ -113,7 +113,7 @@ def _write(folder: Path, made_of: dict[str, int]) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write_view, cameras))
-    (folder / "transforms.json").write_text(json.dumps(_transforms(cameras), indent=1) + "\n")
+    (folder / "transforms.json").write_text(json.dumps(transforms(cameras), indent=1) + "\n")
     boxes = {solid.name: solid.bounds().tolist() for solid in blocks(solids)}
     (folder / SCENE_FILE).write_text(json.dumps({"made_of": made_of, "boxes": boxes}, indent=1) + "\n")
 
@@ -128,7 +128,7 @@ def _write_masks(folder: Path, solids: Sequence[Solid], camera: Camera) -> None:
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{name}.png")
 
 
-def _transforms(cameras: dict[str, Camera]) -> dict:
+def transforms(cameras: dict[str, Camera]) -> dict:
     """The content of transforms.json."""
     files = {stem: f"images/{stem}.png" for stem in cameras}
     camera = next(iter(cameras.values()))
