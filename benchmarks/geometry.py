@@ -42,6 +42,7 @@ NEAR = 1 / 3
 ROWS: dict[str, dict[str, Any]] = {
     "full": {},
     "no-depth": {"datamanager.depth_rays": 0},
+    "no-opacity": {"model.opacity_loss_mult": 0.0},
 }
 """What each row changes of the method's config; `views-N` takes N training views, evenly chosen, and A+B is both."""
 COLUMNS = {

@@ -15,6 +15,7 @@ from rich.console import Console
 from test_data import NAMES, SOLIDS, Lens, classes_of, write_scene
 
 from ovs3d_nerfstudio.data import seeds as module
+from ovs3d_nerfstudio.data import stereo
 from ovs3d_nerfstudio.data.seeds import FEWEST, RANDOM, Seeds, SeedsError, seed_points
 from ovs3d_nerfstudio.data.sightings import find_sightings
 from ovs3d_nerfstudio.demo.raycast import Camera, _first_hits
@@ -284,6 +285,23 @@ def test_other_photos_cameras_masks_and_settings_are_other_points(scenes, monkey
     before = module.settings()
     monkeypatch.setattr(module.stereo, "BLOCK", 7)
     assert module.settings() != before
+
+
+def test_what_is_seen_through_is_no_point():
+    """Three views agree on a wall at 4 m; two more see 5 m where its left half would be: that half is not there."""
+
+    def seen(view: int, depth: np.ndarray) -> stereo.Rectified:
+        centre, corner = np.array([0.1 * view, 0, 0]), np.array([-32.0, -24.0])
+        return stereo.Rectified(view, np.eye(3), centre, 40.0, corner, depth, np.zeros((48, 64, 3), np.uint8))
+
+    wall, beyond = np.full((48, 64), 4.0), np.full((48, 64), 5.0)
+    beyond[:, 32:] = np.nan  # nothing is told there
+    agreeing = [seen(view, wall) for view in range(3)]
+    positions, _ = stereo.confirmed(agreeing, 0, 3072)
+    assert len(positions) > 1000 and (positions[:, 0] < 0).any()
+    left, _ = stereo.confirmed([*agreeing, seen(3, beyond), seen(4, beyond)], 0, 3072)
+    # Views 3 and 4 are 0.3 and 0.4 m to the right: so far is what they tell nothing of, and what they do not see at all.
+    assert 300 < len(left) < len(positions) and not ((left[:, 0] > -2.8) & (left[:, 0] < 0.2)).any()
 
 
 def test_cameras_that_are_no_pinholes_end_with_a_sentence(scenes, tmp_path):

@@ -57,7 +57,8 @@ def test_clip_and_dino_checkpoints_train_for_real(data, checkpoints):
     assert not {"unmixing_loss", "color_loss"} & set(history[1]) and {"unmixing_loss", "color_loss"} <= set(history[3])
     assert "fda_positive_loss" not in history[1] and {"fda_positive_loss", "fda_negative_loss"} <= set(history[3])
     assert all(torch.isfinite(torch.tensor(value)) for step in history for value in step.values())
-    assert history[0].keys() == {"rgb_loss", "interlevel_loss", "distortion_loss", "depth_loss"}
+    assert history[0].keys() == {"rgb_loss", "interlevel_loss", "distortion_loss", "depth_loss", "opacity_loss"}
+    assert history[-1]["opacity_loss"] < history[0]["opacity_loss"]
 
 
 def test_the_papers_own_setting_trains(data, checkpoints):

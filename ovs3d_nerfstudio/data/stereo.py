@@ -38,6 +38,9 @@ MARGIN = 1.3
 """How much nearer and farther than the known points is searched."""
 AGREEMENT, WITNESSES, ASKED = 0.01, 2, 12
 """Share of its distance within which that many pairs of other views, of the nearest that many, must confirm a point."""
+THROUGH = 0.03
+"""Share of its distance beyond a point at which none of them may see something: it would be seen through. Blocks at the edge of
+a thing that is near are matched as if they were all of it, so half of the points that lie before the true surface go so."""
 DRAWN = 6
 """How many times as many points are drawn as are wanted: as many may be confirmed by none."""
 
@@ -62,14 +65,14 @@ class Rectified:
         local = np.concatenate([local / self.focal, np.ones((len(local), 1))], -1) * self.depth[rows, columns, None]
         return local @ self.rotation + self.centre
 
-    def agrees(self, points: Float[ndarray, "N 3"]) -> Bool[ndarray, " N"]:
-        """Which points lie where this depth says."""
+    def beyond(self, points: Float[ndarray, "N 3"]) -> Float[ndarray, " N"]:
+        """How far behind points this depth is, as a share of theirs; NaN where it tells nothing."""
         local = (points - self.centre) @ self.rotation.T
         with np.errstate(divide="ignore", invalid="ignore"):
             places = local[:, :2] / local[:, 2:] * self.focal - self.corner
             inside = (local[:, 2] > 0) & ((places >= 0) & (places < self.depth.shape[::-1])).all(-1)
             columns, rows = np.where(inside[:, None], places, 0).astype(int).T
-            return inside & (np.abs(self.depth[rows, columns] / local[:, 2] - 1) < AGREEMENT)
+            return np.where(inside, self.depth[rows, columns] / local[:, 2] - 1, np.nan)
 
 
 def densify(
@@ -208,6 +211,6 @@ def confirmed(depths: list[Rectified], k: int, count: int) -> tuple[Float[ndarra
         (other for other in depths if other.view != mine.view),
         key=lambda other: float(np.linalg.norm(other.centre - mine.centre)),
     )[:ASKED]
-    votes = sum((other.agrees(points).astype(int) for other in others), np.zeros(len(points), int))
-    kept = votes >= WITNESSES
+    beyond = np.stack([np.full(len(points), np.nan), *(other.beyond(points) for other in others)])
+    kept = ((np.abs(beyond) < AGREEMENT).sum(0) >= WITNESSES) & ~(beyond > THROUGH).any(0)
     return points[kept], mine.pixels[rows[kept], columns[kept]]

@@ -51,10 +51,14 @@ class OVS3DModelConfig(SemanticModelConfig, NerfactoModelConfig):
     """Where rays begin. Default: by the capture, nerfacto's 0.05 from the front, 0.4 of the way to the subject all around."""
     depth_loss_mult: float = 0.03
     """Weight of the depth loss in the first step: rays to points that were found in the photos end there."""
+    opacity_loss_mult: float = 0.03
+    """Weight of the opacity loss: the share of a ray's light that comes from nowhere, in photos without transparency. Without it
+    what is dark may stay transparent, as nerfacto paints the colour of a ray's last sample behind."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         **SemanticModelConfig.RANGES,
         "depth_loss_mult": COUNT,
+        "opacity_loss_mult": COUNT,
         "eval_num_rays_per_chunk": SIZE,
         "average_init_density": POSITIVE,
         "near_plane": COUNT,
@@ -156,6 +160,8 @@ class OVS3DModel(SemanticModel, NerfactoModel):
         if "distances" in batch and self.config.depth_loss_mult:
             share = self.config.depth_loss_mult * batch["distances_share"]
             loss_dict["depth_loss"] = share * self._depth_loss(outputs, batch["distances"])
+        if self.config.opacity_loss_mult and batch["image"].shape[-1] == 3:
+            loss_dict["opacity_loss"] = self.config.opacity_loss_mult * (1 - outputs["accumulation"]).mean()
         return loss_dict
 
     def _depth_loss(self, outputs: dict, distances: Float[Tensor, " n"]) -> Float[Tensor, ""]:
