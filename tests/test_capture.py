@@ -165,3 +165,4 @@ def test_a_start_far_from_what_fits_the_capture_is_warned_of_with_the_range():
     assert "near-plane 1.3 is more than half of the way" in far and f"leave it out for {near:.2g}" in far
     assert capture.warnings(None, None) == []
     assert capture_of(ring(range(0, 360, 20), outwards=True)).warnings(0.3, 9.0) == []
+    assert "from the middle outwards" in capture_of(ring(range(0, 360, 20), outwards=True)).described

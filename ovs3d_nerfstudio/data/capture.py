@@ -53,7 +53,8 @@ class Capture:
         """For the log."""
         if self.panoramas:
             return "in panoramas, which see all around"
-        kind = "all around the scene" if self.around else "from the front"
+        outwards = self.turn > FULL_TURN and self.there < LOOKING_THERE
+        kind = "all around the scene" if self.around else "from the middle outwards" if outwards else "from the front"
         return f"{kind} (the cameras turn through {self.turn:.0f}°)"
 
     def start(self) -> tuple[float, float]:
