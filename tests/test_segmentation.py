@@ -36,20 +36,37 @@ def test_by_relevancies_a_prompt_the_encoder_hardly_answers_to_has_its_place():
     assert label(relevancy, between) == 1
 
 
-def test_a_prompt_of_what_is_not_there_is_not_stretched_until_it_is_found():
-    segmenter, axes = segmenter_of("relevancy"), torch.eye(6)
+def test_centred_a_prompt_that_is_near_to_everything_takes_no_other_place():
+    """The encoder is by 0.4 nearer to the table than to the apple, whatever it sees."""
+    axes = torch.eye(6)
+    sample = F.normalize(axes[torch.randint(2, (3000,), generator=torch.Generator().manual_seed(0))] + axes[4], dim=-1)
+    text = torch.stack([F.normalize(axes[0], dim=0), F.normalize(axes[1] + axes[4], dim=0)])
+    labels = {}
+    for by in ("cosine", "centred"):
+        segmenter = Segmenter()
+        segmenter.configure(TRAINED, text, torch.eye(6), sample, "none", "none", by)
+        at_an_apple = F.normalize(0.7 * axes[0] + 0.3 * axes[1] + axes[4], dim=0)
+        labels[by] = int(segmenter.class_scores(segmenter.similarities(at_an_apple)).argmax())
+    assert labels == {"cosine": 1, "centred": 0}
+
+
+@pytest.mark.parametrize("by", ["centred", "relevancy"])
+def test_a_prompt_of_what_is_not_there_is_not_stretched_until_it_is_found(by):
+    segmenter, axes = segmenter_of(by), torch.eye(6)
     before = segmenter.range.clone()
     elephant = F.normalize(0.1 * axes[2] + axes[5], dim=0)  # varies a little over the scene, as anything does
     segmenter.ask(["elephant", "cup", "apple"], torch.stack([elephant, axes[2], axes[0]]))
     scores = segmenter.class_scores(segmenter.similarities(segmenter.sample))
-    assert scores[:, 0].quantile(0.99) < 0.5, "the elephant is nowhere"
-    assert scores[:, 1].quantile(0.99) > 0.95, "the cup was no training prompt, and is there"
+    assert scores[:, 0].quantile(0.99) < (0.5 if by == "relevancy" else 0), "the elephant is nowhere"
+    assert scores[:, 1].quantile(0.99) > (0.95 if by == "relevancy" else 0.4), (
+        "the cup was no training prompt, and is there"
+    )
     torch.testing.assert_close(segmenter.range[:, 2], before[:, 0], msg="a prompt of the training keeps its range")
     segmenter.ask(["Apple", " TABLE"], segmenter_of().text)
     torch.testing.assert_close(segmenter.range, before, msg="and so do all of them when asked again, however spelled")
 
 
-@pytest.mark.parametrize("by", ["cosine", "relevancy"])
+@pytest.mark.parametrize("by", ["cosine", "centred", "relevancy"])
 def test_the_spread_is_of_what_classes_are_compared_by(by):
     segmenter = segmenter_of(by)
     scores = segmenter.class_scores(segmenter.similarities(segmenter.sample))
@@ -59,9 +76,9 @@ def test_the_spread_is_of_what_classes_are_compared_by(by):
 
 def test_what_to_compare_by_is_chosen_by_the_narrowest_prompt():
     assert segmenter_of("auto").scores == "relevancy"
-    assert chosen_scores("auto", torch.tensor([[0.0, 0.1, 0.0], [1.0, 0.5, 0.6]])) == "cosine"
+    assert chosen_scores("auto", torch.tensor([[0.0, 0.1, 0.0], [1.0, 0.5, 0.6]])) == "centred"
     assert chosen_scores("cosine", segmenter_of().range) == "cosine"
-    assert {chosen_scores("auto", torch.zeros(2, n)) for n in (0, 1)} == {"cosine"}
+    assert {chosen_scores("auto", torch.zeros(2, n)) for n in (0, 1)} == {"centred"}
     told = told_scores(TRAINED, segmenter_of().range)
     assert (
         "hardly answers to 'table'" in told
@@ -90,7 +107,7 @@ def test_one_class_or_none_spreads_by_one():
         assert float(segmenter.spread) == 1
 
 
-@pytest.mark.parametrize("by", ["cosine", "relevancy"])
+@pytest.mark.parametrize("by", ["cosine", "centred", "relevancy"])
 def test_a_prompt_without_words_has_what_is_like_it_and_words_keep_the_rest(by):
     """Features are far more like each other than like any words, and still neither takes the other's place."""
     segmenter, axes = segmenter_of(by), torch.eye(6)

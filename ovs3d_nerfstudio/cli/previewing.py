@@ -23,7 +23,7 @@ from ovs3d_nerfstudio.pictures import evenly, read_picture, view_names, write_pi
 from ovs3d_nerfstudio.prompts.hints import VOCABULARY, hints, standing
 from ovs3d_nerfstudio.prompts.palette import palette
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
-from ovs3d_nerfstudio.prompts.segmentation import chosen_scores, percentiles, stretched, told_scores
+from ovs3d_nerfstudio.prompts.segmentation import chosen_scores, compared, percentiles, stretched, told_scores
 
 
 def preview(
@@ -62,11 +62,11 @@ def preview(
     known = standing(text, words, flat, of_words)
     ranges = percentiles(flat[:: 1 + len(flat) // 20000])
     scores = chosen_scores(config.model.class_scores, ranges)
-    if scores == "relevancy":
-        flat = stretched(flat, *ranges)
-        similarities = [[stretched(scale, *ranges) for scale in view] for view in similarities]
-    shares = win_shares(flat)
-    advice = hints(asked, flat, shares, known)
+    # The thresholds of the hints are of cosines, or relevancies.
+    judged = stretched(flat, *ranges) if scores == "relevancy" else flat
+    shares = win_shares(compared(flat, ranges, scores))
+    similarities = [[compared(scale, ranges, scores) for scale in view] for view in similarities]
+    advice = hints(asked, judged, win_shares(judged), known)
     if config.model.class_scores == "auto" and scores == "relevancy":
         advice.append(told_scores(asked, ranges))
     for hint in advice:

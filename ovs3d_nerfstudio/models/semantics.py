@@ -98,8 +98,9 @@ class SemanticModelConfig:
     fda_pairs: int = 16384
     """Pairs drawn in each window; memory of FDA is windows × pairs × classes."""
     class_scores: ClassScores = "cosine"
-    """What classes are compared by: cosines (3D-OVS); relevancies, which are cosines stretched by each prompt's range over
-    the scene; or auto: relevancies where the encoder hardly answers to a prompt, else cosines."""
+    """What classes are compared by: cosines (3D-OVS); centred cosines, less the middle of each prompt's range over the scene;
+    relevancies, which are cosines stretched by that range; or auto: relevancies where the encoder hardly answers to a prompt,
+    else centred cosines."""
     overlay_opacity: float = 0.6
     """Opacity of the segmentation over the photo in `segmentation_overlay`."""
     learned_scales: bool = True
@@ -284,7 +285,7 @@ class SemanticModel(Model):
         return Semantics(coefficients, salient, scales)
 
     def class_scores(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n C"]:
-        """What the argmax over classes is taken of: cosines (3D-OVS) or relevancies over the scene."""
+        """What the argmax over classes is taken of, see `Segmenter.class_scores`."""
         return self.segmenter.class_scores(self.segmenter.similarities(coefficients))
 
     # Losses and metrics.

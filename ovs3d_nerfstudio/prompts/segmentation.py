@@ -27,8 +27,9 @@ ALIKE = 0.9
 """Correlation over a scene from which two prompts are said to be the same to the encoder. On a kitchen table, "mustard
 bottle" and "yellow bottle of mustard" have 0.97, "blue pitcher" and "jug" 0.81, with the offline encoder."""
 
-ClassScores = Literal["auto", "cosine", "relevancy"]
-"""What classes are compared by: cosines, relevancies over the scene, or whichever of them the prompts call for."""
+ClassScores = Literal["auto", "cosine", "centred", "relevancy"]
+"""What classes are compared by: cosines, cosines less the middle of each prompt's range over the scene, relevancies over the scene,
+or whichever of the last two the prompts call for."""
 NARROW = 1 / 3
 """A prompt whose similarities vary by less than this share of what the widest prompt's do is one that the encoder hardly
 answers to: by cosines it would lose its own place to others. Of six pairs of scene and encoder, one has such a prompt
@@ -152,12 +153,12 @@ class Segmenter(nn.Module):
         return stretched(similarities, *self.range)
 
     def class_scores(self, similarities: Float[Tensor, "*n C"]) -> Float[Tensor, "*n C"]:
-        """What the argmax over classes is taken of: cosines (3D-OVS) or relevancies over the scene.
+        """What the argmax over classes is taken of, see `compared`.
 
         Features are far more like each other than like any words, so a prompt without words is not compared by either: it
         goes before all words where a point is like what was clicked, and behind the best of them elsewhere.
         """
-        scores = similarities if self.scores == "cosine" else self.relevancies(similarities)
+        scores = compared(similarities, self.range, self.scores)
         if not self.wordless:
             return scores
         best = scores.masked_fill(self.like, -torch.inf).amax(-1, keepdim=True)
@@ -218,7 +219,7 @@ class Segmenter(nn.Module):
         self.prompts = self.trained_prompts = [str(prompt) for prompt in state["prompts"]]
         self.encoder, self.fingerprint = str(state["encoder"]), str(state["fingerprint"])
         scores = state.get("class_scores", self.scores)  # checkpoints of older versions leave it to the config
-        if scores not in ("cosine", "relevancy"):
+        if scores not in ("cosine", "centred", "relevancy"):
             raise ValueError(f"it compares classes by '{scores}', which this version does not know")
         self.scores = scores
 
@@ -232,11 +233,23 @@ class Segmenter(nn.Module):
 
 def chosen_scores(asked: ClassScores, ranges: Float[Tensor, "2 C"]) -> ClassScores:
     """What classes are compared by, given each prompt's range of similarities: `auto` takes relevancies where a prompt is
-    `NARROW`."""
+    `NARROW`, else centred cosines."""
     if asked != "auto":
         return asked
     widths = ranges.diff(dim=0)[0]
-    return "relevancy" if len(widths) and widths.min() < NARROW * widths.max() else "cosine"
+    return "relevancy" if len(widths) and widths.min() < NARROW * widths.max() else "centred"
+
+
+def compared(similarities: Float[Tensor, "*n C"], ranges: Float[Tensor, "2 C"], by: ClassScores) -> Tensor:
+    """What the argmax over classes is taken of: cosines (3D-OVS); cosines less the middle of each prompt's range over the scene, as an
+    encoder is nearer to some prompts than to others whatever it sees; or relevancies, which all have the same range.
+
+    Args:
+        by: never `auto`, see `chosen_scores`.
+    """
+    if by == "relevancy":
+        return stretched(similarities, *ranges)
+    return similarities - ranges.mean(0) if by == "centred" else similarities
 
 
 def told_scores(prompts: Sequence[str], ranges: Float[Tensor, "2 C"]) -> str:
