@@ -197,7 +197,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder", action="append", help="image-text encoder; repeatable (default: offline)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--rows", nargs="+", default=list(ROWS), help=f"of {' '.join(ROWS)}; scale-N, views-N, fda-xN, A+B"
+        "--rows", nargs="+", default=list(ROWS), help=f"of {' '.join(ROWS)}; scale-N, views-N, fda-xN, finer-N, A+B"
     )
     parser.add_argument("--json", type=Path, default=Path("quality.json"), help="results; taken up when it exists")
     parser.add_argument("--method", default="ovs3d-lite", help="method or variant whose config the rows change")

@@ -47,6 +47,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no-unmixing": {"model.unmixing_loss_mult": 0.0},
     "no-patch": {"model.patch_loss_mult": 0.0},
     "no-color": {"model.color_loss_mult": 0.0},
+    "no-opacity": {"model.opacity_loss_mult": 0.0},
     "uniform-scales": {"model.learned_scales": False},
     "undetached": {"model.detach_density": False},
     "relevancy": {"model.class_scores": "relevancy"},
@@ -77,11 +78,11 @@ REFERENCES = ("pyramid-2d", *AVERAGES, "truth")
 """What cannot be joined with another row."""
 ROWS = (
     *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch", "no-color"),
-    *("scale-5", "scale-7", "scale-10"),
+    *("scale-5", "scale-7", "scale-10", "finer-1.4"),
     *("uniform-scales", "undetached", "relevancy", "views-10", "views-20"),
     *("ovs3d-paper", "paper", "pyramid-2d", "average-3d", "truth"),
 )
-"""All rows that are run when none is named; `scale-N`, `views-N` and `fda-xN` (both FDA weights times N) take any N; A+B is both."""
+"""All rows that are run when none is named; `scale-N`, `views-N`, `finer-N` and `fda-xN` (both FDA weights times N) take any N; A+B is both."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,10 @@ NO_COSTS: dict[str, float | None] = {"minutes": None, "feature_minutes": None, "
 def check_row(row: str) -> str:
     """`row` itself. Raises QualityError when there is no such row."""
     parts = row.split("+")
-    known = all(p in CHANGES or re.fullmatch(r"(scale|views)-\d+|fda-x\d+(\.\d+)?", p) for p in parts)
+    known = all(p in CHANGES or re.fullmatch(r"(scale|views)-\d+|(fda-x|finer-)\d+(\.\d+)?", p) for p in parts)
     if not known or (len(parts) > 1 and any(reference in parts for reference in REFERENCES)):
         raise QualityError(
-            f"There is no row '{row}'; choose of {', '.join(ROWS)}, scale-N, views-N, fda-xN, or several joined by +."
+            f"There is no row '{row}'; choose of {', '.join(ROWS)}, scale-N, views-N, fda-xN, finer-N, or several joined by +."
         )
     return row
 
@@ -179,6 +180,8 @@ def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
             data = with_points(data, job.output_dir / "scenes" / f"{job.name}-{part}")
         if part.startswith("scale-"):
             pipeline.datamanager.scales = (float(part[6:]),)
+        if part.startswith("finer-"):
+            pipeline.datamanager.finer = float(part[6:])
         if part in ("ovs3d-paper", "paper"):
             _take_losses(pipeline.model, all_methods["ovs3d-paper"].pipeline.model)
         if part.startswith("fda-x"):

@@ -29,6 +29,7 @@ from ovs3d_nerfstudio.engine.option_checks import (
     check_config,
     check_device,
     check_fields,
+    check_finer,
     check_scales,
     coarse_scales,
 )
@@ -366,6 +367,7 @@ def check_options(config: OVS3DPipelineConfig) -> None:
     check_config("--pipeline.datamanager.", datamanager)
     check_config("--pipeline.model.", model)
     check_scales("--pipeline.datamanager.scales", datamanager.scales)
+    check_finer("--pipeline.datamanager.finer", datamanager.finer)
     if model.semantic_max_res < model.semantic_base_res:
         raise OptionError(
             f"--pipeline.model.semantic-max-res {model.semantic_max_res} is less than "

@@ -13,6 +13,7 @@ from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder
 from ovs3d_nerfstudio.features.basis import fit_basis, scale_cells
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache
 from ovs3d_nerfstudio.features.extraction import PictureError, compact_tokens, extract
+from ovs3d_nerfstudio.features.finer import SHARE
 from ovs3d_nerfstudio.features.teachers import Teachers
 
 
@@ -66,7 +67,7 @@ def pictures(tmp_path) -> list[Path]:
     return paths
 
 
-def run(paths, cache_dir, encoder=None, scales=(2.0, 3.0), clip_features="patches"):
+def run(paths, cache_dir, encoder=None, scales=(2.0, 3.0), clip_features="patches", finer=0.0):
     out = io.StringIO()
     views = extract(
         paths,
@@ -76,6 +77,7 @@ def run(paths, cache_dir, encoder=None, scales=(2.0, 3.0), clip_features="patche
         cache_dir,
         Console(file=out, width=200),
         clip_features,
+        finer,
     )
     return views, out.getvalue()
 
@@ -114,6 +116,48 @@ def test_dense_features_and_patches_are_not_mistaken_for_each_other(pictures, tm
     run(pictures, tmp_path / "cache", encoder)
     assert "0 of 3 views are cached" in run(pictures, tmp_path / "cache", encoder, clip_features="dense")[1]
     assert "3 of 3 views are cached" in run(pictures, tmp_path / "cache", encoder, clip_features="dense")[1]
+
+
+@pytest.mark.parametrize("scales", [(2.0, 4.0), (4.0,)], ids=["several scales", "one scale"])
+def test_it_is_looked_closer_where_the_pyramid_disagrees(tmp_path, scales):
+    """A small green square on red: the finer patches lie about it, and nowhere where all is red."""
+    pixels = torch.zeros(96, 128, 3, dtype=torch.uint8)
+    pixels[..., 0] = 255
+    pixels[70:82, 100:112] = torch.tensor([0, 255, 0], dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "view.png")
+    encoder = ColorEncoder("", "cpu")
+    views, _ = run([tmp_path / "view.png"], tmp_path / "cache", encoder, scales, finer=2.0)
+    patches, boxes = views.finer_patches(0)
+    assert len(patches) == len(boxes) == round(SHARE * sum(len(scale) for scale in views.patches(0)))
+    side = 96 / max(scales)
+    away = torch.tensor([100, 70]) - boxes[:, 2:], boxes[:, :2] - torch.tensor([112, 82])
+    # Seen by no patch of the finest scale, or of the coarsest, that has the middle of a finer one in it.
+    near = torch.cat(away, 1).amax(-1) < 1.5 * 96 / min(scales)
+    assert near.float().mean() > 0.9, "those are left that all agree on"
+    assert (boxes[:, 2] - boxes[:, 0]).max() < side
+    green = encoder.embed_text(["green"])[0]
+    assert (patches.float() @ green).max() > (torch.cat(views.patches(0)).float() @ green).max() + 0.1, "it fills one"
+
+
+def test_finer_patches_come_beside_what_is_cached(pictures, tmp_path):
+    run(pictures, tmp_path / "cache")
+    seen = ColorEncoder.boxes_seen
+    views, log = run(pictures, tmp_path / "cache", finer=1.5)
+    assert "0 of 3 views are cached" in log
+    assert ColorEncoder.boxes_seen - seen == sum(len(views.finer_patches(view)[0]) for view in range(3)) > 0
+    assert "3 of 3 views are cached" in run(pictures, tmp_path / "cache", finer=1.5)[1]
+    assert "0 of 3 views are cached" in run(pictures, tmp_path / "cache", finer=1.6)[1]
+    basis, _ = fit_basis(views, torch.zeros(0, 16), 0, 1)
+    plain, _ = run(pictures, tmp_path / "cache")
+    sizes, drawn = torch.tensor(views.sizes), (torch.Generator().manual_seed(4) for _ in range(2))
+    more, few = (Teachers(some, basis, "cpu").windows(9, 8, sizes, next(drawn)).patches for some in (views, plain))
+    assert all(len(a.coefficients) >= len(b.coefficients) for a, b in zip(more, few, strict=True))
+    assert sum(len(group.coefficients) for group in more) > sum(len(group.coefficients) for group in few)
+    # What is too small for them has none.
+    none, _ = run(pictures, tmp_path / "cache", finer=9.0)
+    assert all(len(none.finer_patches(view)[0]) == 0 for view in range(3))
+    dense, _ = run(pictures, tmp_path / "cache", DenseColorEncoder("", "cpu"), clip_features="dense", finer=1.5)
+    assert len(dense.finer_patches(0)[0]) == len(views.finer_patches(0)[0])
 
 
 def test_extraction_is_the_same_bit_for_bit(pictures, tmp_path):

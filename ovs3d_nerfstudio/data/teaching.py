@@ -33,6 +33,9 @@ class TeachingConfig:
     clip_features: ClipFeatures = "patches"
     """What a patch's embedding is: `patches`, that of its crop (3D-OVS); `dense`, the mean inside it of features that one
     pass over the picture gives, which takes a hundredth of the time (encoders open_clip with a ViT, and offline)."""
+    finer: float = 0.0
+    """How many times finer than the finest scale patches are cut where the pyramid disagrees, half as many as all of its own;
+    0 cuts none (3D-OVS). They teach in windows."""
     feature_cache_dir: Path | None = None
     """Folder of the feature cache; default: .ovs3d-cache in the data folder."""
     num_windows: int = 8
@@ -42,7 +45,12 @@ class TeachingConfig:
     rays_a_token: int = 1
     """Rays along the side of a token of a window: more see a patch's average with less noise (3D-OVS: 1)."""
 
-    RANGES: ClassVar[Mapping[str, Range]] = {"num_windows": COUNT, "window_size": SIZE, "rays_a_token": SIZE}
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "num_windows": COUNT,
+        "window_size": SIZE,
+        "rays_a_token": SIZE,
+        "finer": COUNT,
+    }
     """What each number may be."""
 
     run_views: ClassVar[RunViews | None] = None
@@ -82,6 +90,7 @@ class Teaching(DataManager):
             self.cache_folder(),
             CONSOLE,
             self.config.clip_features,
+            self.config.finer,
         )
 
     def cache_folder(self) -> Path:

@@ -100,6 +100,15 @@ def check_scales(option: str, scales: Sequence[float]) -> None:
         check_value(option, scale, float, SIZE)
 
 
+def check_finer(option: str, finer: float) -> None:
+    """Raises OptionError unless patches `finer` times finer than the finest scale are finer, or there are none."""
+    check_value(option, finer, float, COUNT)
+    if 0 < finer < 1:
+        raise OptionError(
+            f"{option} {finer:g} would cut patches that are coarser than the finest scale; give 1 or more, or 0 for none."
+        )
+
+
 def coarse_scales(option: str, scales: Sequence[float]) -> list[str]:
     """What speaks against patches that are all coarse, in a sentence."""
     if max(scales) >= FINE:

@@ -29,6 +29,7 @@ from torch import Tensor
 from ovs3d_nerfstudio.encoders.base import ImageTextEncoder, TokenEncoder, pool_boxes
 from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache, picture_key
+from ovs3d_nerfstudio.features.finer import SHARE, finer_grid, places_of_disagreement
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
 from ovs3d_nerfstudio.files import leads_out_of
 from ovs3d_nerfstudio.memory import told_what_to_lower
@@ -49,6 +50,10 @@ class CachedViews:
     scales: tuple[float, ...]
     pyramid: FeatureCache
     tokens: FeatureCache
+    finer: float = 0.0
+    """How many times finer than the finest scale patches were cut where the pyramid disagrees; 0: none were."""
+    closer: FeatureCache | None = None
+    """Where those lie."""
 
     def grids(self, view: int) -> list[ScaleGrid]:
         return [ScaleGrid.of(*self.sizes[view], scale) for scale in self.scales]
@@ -61,6 +66,14 @@ class CachedViews:
         """Unit patch embeddings of a view, one P×D half-precision tensor a scale."""
         tensors = self.pyramid.load(self.keys[view])
         return [tensors[name] for name in sorted(tensors)]
+
+    def finer_patches(self, view: int) -> tuple[Tensor, Float[Tensor, "P 4"]]:
+        """Unit embeddings in half precision, and boxes in pixels, of what was cut more finely in a view."""
+        grid = finer_grid(*self.sizes[view], self.scales, self.finer) if self.finer else None
+        if self.closer is None or grid is None:
+            return self.patches(view)[0][:0], torch.zeros(0, 4)
+        tensors = self.closer.load(self.keys[view])
+        return tensors["patches"], patch_boxes(grid, self.keys[view], len(self.scales))[tensors["places"].long()]
 
     def token_grid(self, view: int) -> Tensor:
         """Token grid h×w×E of a view in half precision, see `compact_tokens`."""
@@ -80,8 +93,9 @@ def extract(
     cache_dir: Path,
     console: Console,
     clip_features: ClipFeatures = "patches",
+    finer: float = 0.0,
 ) -> CachedViews:
-    """Make what the cache lacks of the pyramid and the tokens of `paths`, and say where all of it lies.
+    """Make what the cache lacks of the pyramid, the finer patches and the tokens of `paths`, and say where all of it lies.
 
     Several ranks divide the views, and return when all are made. One fingerprint is one set of numbers, so the encoders
     compute in their own precision, whatever the caller's autocast is.
@@ -89,6 +103,7 @@ def extract(
     Args:
         scales: patches along the shorter side of a picture, one number a scale (3D-OVS: 5, 7, 10).
         clip_features: whether each patch is embedded as a crop, or pooled from one dense pass over its picture.
+        finer: how many times finer than the finest scale patches are cut where the pyramid disagrees; 0 cuts none.
 
     Where memory runs out the encoder's batches are halved, which is said; what does not fit one by one ends with a sentence.
 
@@ -102,9 +117,10 @@ def extract(
     recipe = {"encoder": fingerprint, "scales": [float(s) for s in scales]}
     pyramid = FeatureCache(cache_dir, "pyramid", recipe)
     tokens = FeatureCache(cache_dir, "tokens", {"encoder": token_encoder.fingerprint, "dims": token_encoder.kept_dims})
-    views = CachedViews([picture_key(path) for path in paths], sizes, tuple(scales), pyramid, tokens)
+    closer = FeatureCache(cache_dir, "finer", {**recipe, "finer": finer, "share": SHARE}) if finer else None
+    views = CachedViews([picture_key(path) for path in paths], sizes, tuple(scales), pyramid, tokens, finer, closer)
     mine = range(ranks.rank(), len(paths), ranks.count())
-    stores = (pyramid, tokens)
+    stores = (pyramid, tokens) if closer is None else (pyramid, tokens, closer)
     with ThreadPoolExecutor() as checkers:  # checksums, at the speed of the disk
         found = checkers.map(lambda i: [store.intact(views.keys[i]) for store in stores], mine)
         intact = dict(zip(mine, found, strict=True))
@@ -135,9 +151,13 @@ def extract(
         key, path, (height, width), at_once = views.keys[i], paths[i], sizes[i], image_text_encoder.batch_size
         with told_what_to_lower("extracting features", f" of {path} ({width} × {height} pixels)"):
             made = [
-                pyramid.fill(key, lambda: embed_pyramid(picture(), key, path, image_text_encoder, scales, dense), wait),
+                pyramid.fill(key, lambda: embed_pyramid(picture(), views, i, path, image_text_encoder, dense), wait),
                 tokens.fill(key, lambda: embed_tokens(picture(), token_encoder), wait),
             ]
+            if closer is not None and made[0]:
+                made.append(
+                    closer.fill(key, lambda: embed_finer(picture(), views, i, path, image_text_encoder, dense), wait)
+                )
         if image_text_encoder.batch_size < at_once:
             console.print(
                 f"Features: memory is short, so {image_text_encoder.batch_size} crops are embedded at once from here on, "
@@ -182,30 +202,53 @@ def check_size(path: Path, height: int, width: int, scales: Sequence[float]) -> 
         raise PictureError(f"{path}: {error}") from None
 
 
-@single_precision()
 def embed_pyramid(
     picture: UInt8[Tensor, "H W 3"],
-    key: str,
+    views: CachedViews,
+    view: int,
     path: Path,
     encoder: ImageTextEncoder,
-    scales: Sequence[float],
     dense: bool,
 ) -> dict[str, Tensor]:
     """Unit embeddings of all patches of a view, one tensor a scale."""
+    embedded = embed_patches(picture, views.boxes(view), path, encoder, dense)
+    return {f"patches_{k:02d}": embeddings for k, embeddings in enumerate(embedded)}
+
+
+def embed_finer(
+    picture: UInt8[Tensor, "H W 3"],
+    views: CachedViews,
+    view: int,
+    path: Path,
+    encoder: ImageTextEncoder,
+    dense: bool,
+) -> dict[str, Tensor]:
+    """Which of a view's finer patches are worth it, and their unit embeddings; none where the picture is too small."""
+    grid = finer_grid(*views.sizes[view], views.scales, views.finer)
+    pyramid = [patches.float() for patches in views.patches(view)]
+    if grid is None:
+        return {"places": torch.zeros(0, dtype=torch.int32), "patches": pyramid[0][:0].half()}
+    places = places_of_disagreement(views.grids(view), pyramid, grid)
+    boxes = patch_boxes(grid, views.keys[view], len(views.scales))[places]
+    (patches,) = embed_patches(picture, [boxes], path, encoder, dense)
+    return {"places": places.int(), "patches": patches}
+
+
+@single_precision()
+def embed_patches(
+    picture: UInt8[Tensor, "H W 3"],
+    boxes: Sequence[Float[Tensor, "P 4"]],
+    path: Path,
+    encoder: ImageTextEncoder,
+    dense: bool,
+) -> list[Float16[Tensor, "P D"]]:
+    """Unit embeddings of boxes in pixels, as many tensors as there are of those."""
+    if not dense:
+        return [encoder.embed_boxes(picture, some, path).half() for some in boxes]
     height, width = picture.shape[:2]
-    patches, features = {}, None
-    if dense:
-        features = encoder.embed_dense(picture, path).permute(2, 0, 1)
-        parts = torch.tensor([features.shape[2] / width, features.shape[1] / height]).repeat(2)
-    for k, scale in enumerate(scales):
-        grid = ScaleGrid.of(height, width, scale)
-        boxes = patch_boxes(grid, key, k)
-        if features is None:
-            embeddings = encoder.embed_boxes(picture, boxes, path)
-        else:
-            embeddings = F.normalize(pool_boxes(features, boxes * parts), dim=-1)
-        patches[f"patches_{k:02d}"] = embeddings.half()
-    return patches
+    features = encoder.embed_dense(picture, path).permute(2, 0, 1)
+    parts = torch.tensor([features.shape[2] / width, features.shape[1] / height]).repeat(2)
+    return [F.normalize(pool_boxes(features, some * parts), dim=-1).half() for some in boxes]
 
 
 @single_precision()

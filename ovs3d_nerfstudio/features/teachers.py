@@ -1,7 +1,7 @@
 """Teachers: what the cached features say of a ray, as basis coefficients that lie on disk and are read where rays need them.
 
 For a pixel: the pyramid cell of each scale it lies in. For a window (a block of tokens of one view): its tokens and the
-patches that lie inside it, with what averages the window's rays over each patch.
+patches that lie inside it, finer ones included, with what averages the window's rays over each patch.
 
 A view may have a mask of ignored pixels. A patch then weighs in its cells by the share of it that is seen; patches that are
 not mostly seen, and pairs of tokens with an ignored one, teach nothing in windows.
@@ -81,8 +81,11 @@ class Teachers:
         remaining = iter(masks or ())
         for view in range(len(views.keys)):
             height, width = views.sizes[view]
-            embedded = [scale.float() for scale in views.patches(view)]
-            places = [scale / torch.tensor([width, height, width, height]) for scale in views.boxes(view)]
+            finer, finer_boxes = views.finer_patches(view)
+            embedded = [scale.float() for scale in (*views.patches(view), finer)]
+            places = [
+                scale / torch.tensor([width, height, width, height]) for scale in (*views.boxes(view), finer_boxes)
+            ]
             if seen is None:
                 shares = [torch.ones(len(scale)) for scale in places]
             else:
@@ -90,7 +93,9 @@ class Teachers:
                 shares = [seen_shares(mask, scale) for scale in places]
                 seen.append(mask.reshape(-1, 1))
                 self._mask_sizes.append(mask.shape)
-            for grid, scale, share in zip(views.grids(view), embedded, shares, strict=True):
+            for grid, scale, share in zip(
+                views.grids(view), embedded, shares, strict=False
+            ):  # finer patches make no cells
                 cells.append(basis.project(F.normalize(grid.cells(share[:, None] * scale), dim=-1)).half())
                 tables.append([grid.rows, grid.cols, start])
                 start += grid.num_cells
