@@ -50,7 +50,8 @@ class OVS3DDataManagerConfig(TeachingConfig, VanillaDataManagerConfig):
     """How many of a step's rays, at most half of them, go to points that were found in the photos, for the depth loss; 0 finds
     none."""
     depth_steps: int = 2000
-    """First steps, over which the depth loss fades away: geometry begins where things are, and goes on by the photos alone."""
+    """First steps, over which the depth and the opacity loss fade away: geometry begins where things are, and goes on by the
+    photos alone."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         **TeachingConfig.RANGES,
@@ -92,19 +93,21 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
         return rays, window_rays, batch
 
     def _drawn(self, step: int) -> tuple[RayBundle, dict]:
-        """As `next_train`, which exports ask too. In the first steps the last rays are of `sightings`, and the batch has their
-        `distances` and, as `distances_share`, what is left of the depth loss by then."""
+        """As `next_train`, which exports ask too. In the first steps the batch has, as `start_share`, what is left of the losses of
+        the start by then; and the last rays are of `sightings`, with their `distances`."""
         self.train_count += 1
         assert self.train_pixel_sampler is not None, "set up with the training data"
         batch = self.train_pixel_sampler.sample(next(self.iter_train_image_dataloader))
         config, drawn = self.config, len(batch["indices"])
         count = min(config.depth_rays, drawn // 2)
+        if step < config.depth_steps:
+            batch["start_share"] = 1 - step / config.depth_steps
         if count and step < config.depth_steps and self.sightings is not None:
             seen, image = self.sightings.draw(count), batch["image"]
             # Points are seen where a photo with transparency is opaque.
             colors = F.pad(seen.colors, (0, image.shape[-1] - 3), value=1.0)
             batch["image"], batch["indices"] = ending(image, colors), ending(batch["indices"], seen.pixels)
-            batch["distances"], batch["distances_share"] = seen.distances, 1 - step / config.depth_steps
+            batch["distances"] = seen.distances
         return self.train_ray_generator(batch["indices"]), batch
 
     def next_windows(self, colors: bool = False) -> tuple[RayBundle, Windows] | None:

@@ -52,8 +52,8 @@ class OVS3DModelConfig(SemanticModelConfig, NerfactoModelConfig):
     depth_loss_mult: float = 0.03
     """Weight of the depth loss in the first step: rays to points that were found in the photos end there."""
     opacity_loss_mult: float = 0.03
-    """Weight of the opacity loss: the share of a ray's light that comes from nowhere, in photos without transparency. Without it
-    what is dark may stay transparent, as nerfacto paints the colour of a ray's last sample behind."""
+    """Weight of the opacity loss in the first step: the share of a ray that ends on nothing, in photos without transparency. Else
+    what is plain or dark may stay transparent, as nerfacto paints a ray's last colour behind it."""
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         **SemanticModelConfig.RANGES,
@@ -157,11 +157,11 @@ class OVS3DModel(SemanticModel, NerfactoModel):
 
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
         loss_dict = super().get_loss_dict(outputs, batch, metrics_dict)
-        if "distances" in batch and self.config.depth_loss_mult:
-            share = self.config.depth_loss_mult * batch["distances_share"]
-            loss_dict["depth_loss"] = share * self._depth_loss(outputs, batch["distances"])
-        if self.config.opacity_loss_mult and batch["image"].shape[-1] == 3:
-            loss_dict["opacity_loss"] = self.config.opacity_loss_mult * (1 - outputs["accumulation"]).mean()
+        config, share = self.config, batch.get("start_share", 0.0)
+        if "distances" in batch and config.depth_loss_mult:
+            loss_dict["depth_loss"] = config.depth_loss_mult * share * self._depth_loss(outputs, batch["distances"])
+        if share and config.opacity_loss_mult and batch["image"].shape[-1] == 3:
+            loss_dict["opacity_loss"] = config.opacity_loss_mult * share * (1 - outputs["accumulation"]).mean()
         return loss_dict
 
     def _depth_loss(self, outputs: dict, distances: Float[Tensor, " n"]) -> Float[Tensor, ""]:
