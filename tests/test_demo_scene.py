@@ -136,7 +136,7 @@ def test_making_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(demo, "_transforms", stop)
+        patched.setattr(demo, "transforms", stop)
         with pytest.raises(KeyboardInterrupt):
             demo.make_scene(tmp_path / "scene", **SIZE)
     assert list(tmp_path.iterdir()) == []
