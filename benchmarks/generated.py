@@ -22,7 +22,7 @@ from PIL import Image
 from seeds import UNIT
 
 from ovs3d_nerfstudio.demo.raycast import Box, Camera, Cylinder, Floor, Solid, Texture, cast, render
-from ovs3d_nerfstudio.demo.scene import TARGET, blocks, demo_solids, transforms
+from ovs3d_nerfstudio.demo.scene import TARGET, blocks, demo_solids, direction, transforms
 
 WIDTH, HEIGHT, FOCAL = 320, 240, 350.0
 METRES = 0.5
@@ -31,7 +31,7 @@ METRES = 0.5
 
 @dataclass(frozen=True)
 class Capture:
-    """Where cameras stand; each range is gone through back and forth, at paces that never meet again."""
+    """Where cameras stand: one after the other by azimuth, at heights and distances that never repeat."""
 
     azimuth: tuple[float, float] = (-46.0, 46.0)
     """Degrees right of the front."""
@@ -46,16 +46,13 @@ class Capture:
         """`count` of them; those of another `start` stand between them."""
         along = (np.arange(count) + start) / count
         up, out = ((np.arange(count) + start) * step % 1 for step in (0.618034, 0.754878))
-        return [
-            self._camera(*(low + share * (high - low) for share, (low, high) in zip(shares, ranges, strict=True)))
-            for shares in zip(along, up, out, strict=True)
-            for ranges in [(self.azimuth, self.elevation, self.distance)]
-        ]
+        ranges = ((along, self.azimuth), (up, self.elevation), (out, self.distance))
+        places = [low + share * (high - low) for share, (low, high) in ranges]
+        return [self._camera(*place) for place in zip(*places, strict=True)]
 
     @staticmethod
     def _camera(azimuth: float, elevation: float, distance: float) -> Camera:
-        a, e = np.radians([azimuth, elevation])
-        away = np.array([np.sin(a) * np.cos(e), -np.cos(a) * np.cos(e), np.sin(e)])
+        away = direction(azimuth, elevation)
         eye = np.array(TARGET) + abs(distance) * away
         target = eye + away * (1, 1, -1) if distance < 0 else TARGET
         return Camera.looking_at(eye.tolist(), tuple(target), WIDTH, HEIGHT, FOCAL)
@@ -125,9 +122,9 @@ def make(folder: Path, capture: Capture, train: int, test: int) -> None:
         Image.fromarray(np.where(steps < 2**16, steps, 0).astype(np.uint16)).save(folder / "depth" / f"{stem}.png")
     content = transforms(cameras)
     for frame in content["frames"]:
-        frame["transform_matrix"] = [[*row[:3], row[3] * METRES] for row in frame["transform_matrix"][:3]] + [
-            [0, 0, 0, 1]
-        ]
+        pose = np.array(frame["transform_matrix"])
+        pose[:3, 3] *= METRES
+        frame["transform_matrix"] = pose.tolist()
     (folder / "transforms.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -23,7 +23,7 @@ from ovs3d_nerfstudio.pictures import evenly, read_picture, view_names, write_pi
 from ovs3d_nerfstudio.prompts.hints import VOCABULARY, hints, standing
 from ovs3d_nerfstudio.prompts.palette import palette
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
-from ovs3d_nerfstudio.prompts.segmentation import chosen_scores, compared, percentiles, stretched, told_scores
+from ovs3d_nerfstudio.prompts.segmentation import chosen_scores, compared, percentiles, told_scores
 
 
 def preview(
@@ -63,7 +63,7 @@ def preview(
     ranges = percentiles(flat[:: 1 + len(flat) // 20000])
     scores = chosen_scores(config.model.class_scores, ranges)
     # The thresholds of the hints are of cosines, or relevancies.
-    judged = stretched(flat, *ranges) if scores == "relevancy" else flat
+    judged = flat if scores == "centred" else compared(flat, ranges, scores)
     shares = win_shares(compared(flat, ranges, scores))
     similarities = [[compared(scale, ranges, scores) for scale in view] for view in similarities]
     advice = hints(asked, judged, win_shares(judged), known)

@@ -99,10 +99,11 @@ class OVS3DDataManager(CheckedData, Teaching, VanillaDataManager[OVS3DDataset]):
         assert self.train_pixel_sampler is not None, "set up with the training data"
         batch = self.train_pixel_sampler.sample(next(self.iter_train_image_dataloader))
         config, drawn = self.config, len(batch["indices"])
+        if step >= config.depth_steps:
+            return self.train_ray_generator(batch["indices"]), batch
+        batch["start_share"] = 1 - step / config.depth_steps
         count = min(config.depth_rays, drawn // 2)
-        if step < config.depth_steps:
-            batch["start_share"] = 1 - step / config.depth_steps
-        if count and step < config.depth_steps and self.sightings is not None:
+        if count and self.sightings is not None:
             seen, image = self.sightings.draw(count), batch["image"]
             # Points are seen where a photo with transparency is opaque.
             colors = F.pad(seen.colors, (0, image.shape[-1] - 3), value=1.0)

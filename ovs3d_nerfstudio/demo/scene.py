@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from numpy import ndarray
 from PIL import Image
 
@@ -197,10 +197,15 @@ def held_out_cameras(count: int, width: int) -> list[Camera]:
     ]
 
 
+def direction(azimuth: float, elevation: float) -> Float[ndarray, "3"]:
+    """The unit vector `azimuth` degrees right of the front and `elevation` degrees up."""
+    a, e = np.radians([azimuth, elevation])
+    return np.array([np.sin(a) * np.cos(e), -np.cos(a) * np.cos(e), np.sin(e)])
+
+
 def _camera(azimuth: float, elevation: float, distance: float, width: int) -> Camera:
     """A camera `azimuth` degrees right of the front and `elevation` degrees up, `distance` from the target."""
-    a, e = np.radians([azimuth, elevation])
-    away = distance * np.array([np.sin(a) * np.cos(e), -np.cos(a) * np.cos(e), np.sin(e)])
+    away = distance * direction(azimuth, elevation)
     focal = width / 2 / np.tan(np.radians(VIEW_ANGLE / 2))
     return Camera.looking_at((TARGET + away).tolist(), TARGET, width, width * 3 // 4, float(focal))
 

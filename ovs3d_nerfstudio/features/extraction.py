@@ -68,12 +68,12 @@ class CachedViews:
         return [tensors[name] for name in sorted(tensors)]
 
     def finer_patches(self, view: int) -> tuple[Tensor, Float[Tensor, "P 4"]]:
-        """Unit embeddings in half precision, and boxes in pixels, of what was cut more finely in a view."""
-        grid = finer_grid(*self.sizes[view], self.scales, self.finer) if self.finer else None
-        if self.closer is None or grid is None:
-            return self.patches(view)[0][:0], torch.zeros(0, 4)
+        """Unit embeddings in half precision, and boxes in pixels, of what was cut more finely in a view; where `closer` is."""
+        assert self.closer is not None, "asked where finer patches were cut"
+        grid = finer_grid(*self.sizes[view], self.scales, self.finer)
         tensors = self.closer.load(self.keys[view])
-        return tensors["patches"], patch_boxes(grid, self.keys[view], len(self.scales))[tensors["places"].long()]
+        boxes = torch.zeros(0, 4) if grid is None else patch_boxes(grid, self.keys[view], len(self.scales))
+        return tensors["patches"], boxes[tensors["places"].long()]
 
     def token_grid(self, view: int) -> Tensor:
         """Token grid h×w×E of a view in half precision, see `compact_tokens`."""
@@ -149,15 +149,17 @@ def extract(
     def make(i: int, picture: Callable[[], Tensor], wait: bool) -> bool:
         """Fill what the cache lacks of view i; False where another process has it in hand and we do not wait."""
         key, path, (height, width), at_once = views.keys[i], paths[i], sizes[i], image_text_encoder.batch_size
+
+        def embed(boxes: list[Tensor]) -> list[Tensor]:
+            return embed_patches(picture(), boxes, path, image_text_encoder, dense)
+
         with told_what_to_lower("extracting features", f" of {path} ({width} × {height} pixels)"):
             made = [
-                pyramid.fill(key, lambda: embed_pyramid(picture(), views, i, path, image_text_encoder, dense), wait),
+                pyramid.fill(key, lambda: embed_pyramid(views, i, embed), wait),
                 tokens.fill(key, lambda: embed_tokens(picture(), token_encoder), wait),
             ]
             if closer is not None and made[0]:
-                made.append(
-                    closer.fill(key, lambda: embed_finer(picture(), views, i, path, image_text_encoder, dense), wait)
-                )
+                made.append(closer.fill(key, lambda: embed_finer(views, i, embed), wait))
         if image_text_encoder.batch_size < at_once:
             console.print(
                 f"Features: memory is short, so {image_text_encoder.batch_size} crops are embedded at once from here on, "
@@ -202,27 +204,16 @@ def check_size(path: Path, height: int, width: int, scales: Sequence[float]) -> 
         raise PictureError(f"{path}: {error}") from None
 
 
-def embed_pyramid(
-    picture: UInt8[Tensor, "H W 3"],
-    views: CachedViews,
-    view: int,
-    path: Path,
-    encoder: ImageTextEncoder,
-    dense: bool,
-) -> dict[str, Tensor]:
+Embed = Callable[[list[Tensor]], list[Tensor]]
+"""`embed_patches` of the picture of a view."""
+
+
+def embed_pyramid(views: CachedViews, view: int, embed: Embed) -> dict[str, Tensor]:
     """Unit embeddings of all patches of a view, one tensor a scale."""
-    embedded = embed_patches(picture, views.boxes(view), path, encoder, dense)
-    return {f"patches_{k:02d}": embeddings for k, embeddings in enumerate(embedded)}
+    return {f"patches_{k:02d}": embeddings for k, embeddings in enumerate(embed(views.boxes(view)))}
 
 
-def embed_finer(
-    picture: UInt8[Tensor, "H W 3"],
-    views: CachedViews,
-    view: int,
-    path: Path,
-    encoder: ImageTextEncoder,
-    dense: bool,
-) -> dict[str, Tensor]:
+def embed_finer(views: CachedViews, view: int, embed: Embed) -> dict[str, Tensor]:
     """Which of a view's finer patches are worth it, and their unit embeddings; none where the picture is too small."""
     grid = finer_grid(*views.sizes[view], views.scales, views.finer)
     pyramid = [patches.float() for patches in views.patches(view)]
@@ -230,7 +221,7 @@ def embed_finer(
         return {"places": torch.zeros(0, dtype=torch.int32), "patches": pyramid[0][:0].half()}
     places = places_of_disagreement(views.grids(view), pyramid, grid)
     boxes = patch_boxes(grid, views.keys[view], len(views.scales))[places]
-    (patches,) = embed_patches(picture, [boxes], path, encoder, dense)
+    (patches,) = embed([boxes])
     return {"places": places.int(), "patches": patches}
 
 

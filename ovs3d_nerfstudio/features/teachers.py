@@ -81,11 +81,12 @@ class Teachers:
         remaining = iter(masks or ())
         for view in range(len(views.keys)):
             height, width = views.sizes[view]
-            finer, finer_boxes = views.finer_patches(view)
-            embedded = [scale.float() for scale in (*views.patches(view), finer)]
-            places = [
-                scale / torch.tensor([width, height, width, height]) for scale in (*views.boxes(view), finer_boxes)
-            ]
+            patches_of, boxes_of = views.patches(view), views.boxes(view)
+            if views.closer is not None:
+                finer, finer_boxes = views.finer_patches(view)
+                patches_of, boxes_of = [*patches_of, finer], [*boxes_of, finer_boxes]
+            embedded = [scale.float() for scale in patches_of]
+            places = [scale / torch.tensor([width, height, width, height]) for scale in boxes_of]
             if seen is None:
                 shares = [torch.ones(len(scale)) for scale in places]
             else:
@@ -93,9 +94,8 @@ class Teachers:
                 shares = [seen_shares(mask, scale) for scale in places]
                 seen.append(mask.reshape(-1, 1))
                 self._mask_sizes.append(mask.shape)
-            for grid, scale, share in zip(
-                views.grids(view), embedded, shares, strict=False
-            ):  # finer patches make no cells
+            # Finer patches make no cells, and come last.
+            for grid, scale, share in zip(views.grids(view), embedded, shares, strict=False):
                 cells.append(basis.project(F.normalize(grid.cells(share[:, None] * scale), dim=-1)).half())
                 tables.append([grid.rows, grid.cols, start])
                 start += grid.num_cells
