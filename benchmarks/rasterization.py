@@ -181,12 +181,12 @@ def our_times(gaussians, camera, size: tuple[int, int], wide: Tensor, repeats: i
     def training_step() -> None:
         rasterization(**leaves, colors=gaussians["colors"].requires_grad_(), **sized)[0].sum().backward()
 
-    window = ((size[0] - WINDOW) // 2, (size[1] - WINDOW) // 2, WINDOW, WINDOW)
-    part = plan_views(**geometry, **sized, window=window)
+    windows = [((size[0] - WINDOW) // 2, (size[1] - WINDOW) // 2, WINDOW, WINDOW)]
+    part = plan_views(**geometry, **sized, windows=windows)
     semantic = wide.clone().requires_grad_()
     times["RGB step with all gradients, projection to backward"] = seconds(training_step, repeats)
     times[f"window of {WINDOW}×{WINDOW}: plan"] = seconds(
-        lambda: plan_views(**geometry, **sized, window=window), repeats
+        lambda: plan_views(**geometry, **sized, windows=windows), repeats
     )
     times[f"window of {WINDOW}×{WINDOW}: {WIDE} channels forward and backward, plan kept"] = seconds(
         lambda: part.composite(semantic)[0].sum().backward(), repeats

@@ -14,7 +14,7 @@ from ovs3d_nerfstudio.features.basis import fit_basis, scale_cells
 from ovs3d_nerfstudio.features.cache import CacheError, FeatureCache
 from ovs3d_nerfstudio.features.extraction import PictureError, compact_tokens, extract
 from ovs3d_nerfstudio.features.finer import SHARE
-from ovs3d_nerfstudio.features.teachers import Teachers
+from ovs3d_nerfstudio.features.teachers import Patches, Teachers
 
 
 class ColorEncoder(ImageTextEncoder):
@@ -151,8 +151,8 @@ def test_finer_patches_come_beside_what_is_cached(pictures, tmp_path):
     plain, _ = run(pictures, tmp_path / "cache")
     sizes, drawn = torch.tensor(views.sizes), (torch.Generator().manual_seed(4) for _ in range(2))
     more, few = (Teachers(some, basis, "cpu").windows(9, 8, sizes, next(drawn)).patches for some in (views, plain))
-    assert all(len(a.coefficients) >= len(b.coefficients) for a, b in zip(more, few, strict=True))
-    assert sum(len(group.coefficients) for group in more) > sum(len(group.coefficients) for group in few)
+    assert all(len(a[0]) >= len(b[0]) for a, b in zip(each_window(more), each_window(few), strict=True))
+    assert len(more.there) > len(few.there)
     # What is too small for them has none.
     none, _ = run(pictures, tmp_path / "cache", finer=9.0)
     assert all(len(none.finer_patches(view)[0]) == 0 for view in range(3))
@@ -275,12 +275,21 @@ def test_what_a_mask_ignores_teaches_nothing(pictures, tmp_path):
     assert torch.allclose(masked.ranges[0, 0], torch.stack([similarities.amin(0), similarities.amax(0)]), atol=2e-3)
     assert not masked.ranges[1].any()
     windows = masked.windows(20, 8, torch.tensor(views.sizes), torch.Generator().manual_seed(4))
-    for pixels, inside, group in zip(windows.indices.view(20, 64, 3), windows.seen, windows.patches, strict=True):
+    patches = each_window(windows.patches)
+    for pixels, inside, (rows, cols, _) in zip(windows.indices.view(20, 64, 3), windows.seen, patches, strict=True):
         view = int(pixels[0, 0])
         assert torch.equal(inside, seen[view][pixels[:, 1], pixels[:, 2]])
         # Every patch that is left shows seen pixels nearly everywhere.
-        covered = torch.einsum("pi,pj,ij->p", group.rows, group.cols, inside.float().view(8, 8))
-        assert (covered > 0.75).all() and (view != 1 or not len(group.rows))
+        covered = torch.einsum("pi,pj,ij->p", rows, cols, inside.float().view(8, 8))
+        assert (covered > 0.75).all() and (view != 1 or not len(rows))
+
+
+def each_window(patches: Patches) -> list[tuple[torch.Tensor, ...]]:
+    """Rows, cols and coefficients of the patches of each window, without what fills up."""
+    many, most = patches.rows.shape[:2]
+    found = torch.zeros(many * most, dtype=torch.bool).index_fill(0, patches.there, True).view(many, most)
+    columns = (patches.rows, patches.cols, patches.coefficients)
+    return [tuple(column[w][found[w]] for column in columns) for w in range(many)]
 
 
 def test_compacted_tokens_keep_their_cosines():
@@ -311,15 +320,15 @@ def test_windows_hold_their_tokens_rays_and_patches(pictures, tmp_path):
         h, w_tokens = views.token_grid(view).shape[:2]
         row, col = pixels[:, 1] * h // sizes[view, 0], pixels[:, 2] * w_tokens // sizes[view, 1]
         assert torch.equal(finer.tokens[w], views.token_grid(view)[row, col].float())
-    assert sum(len(group.coefficients) for group in windows.patches) > 0
-    for w, group in enumerate(windows.patches):
+    assert len(windows.patches.there) > 0
+    for w, (rows, cols, coefficients) in enumerate(each_window(windows.patches)):
         pixels = windows.indices.view(6, 8, 8, 3)[w]
         view = int(pixels[0, 0, 0])
         patches, boxes = torch.cat(views.patches(view)).float(), torch.cat(views.boxes(view))
-        for p in range(len(group.coefficients)):
-            box = boxes[(patches - group.coefficients[p]).abs().sum(-1).argmin()]
+        for p in range(len(coefficients)):
+            box = boxes[(patches - coefficients[p]).abs().sum(-1).argmin()]
             # The weighted centre of the rays is the centre of the box, up to a ray's jitter within its token.
-            y = (group.rows[p] @ (pixels[..., 1].float() + 0.5) @ group.cols[p]).item()
-            x = (group.rows[p] @ (pixels[..., 2].float() + 0.5) @ group.cols[p]).item()
+            y = (rows[p] @ (pixels[..., 1].float() + 0.5) @ cols[p]).item()
+            x = (rows[p] @ (pixels[..., 2].float() + 0.5) @ cols[p]).item()
             assert abs(x - (box[0] + box[2]) / 2) < 3 and abs(y - (box[1] + box[3]) / 2) < 3
-        assert torch.allclose(group.rows.sum(1), torch.ones(len(group.rows)))
+        assert torch.allclose(rows.sum(1), torch.ones(len(rows)))

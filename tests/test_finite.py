@@ -11,7 +11,7 @@ from nerfstudio.data.scene_box import SceneBox
 from torch.autograd import gradcheck
 
 from ovs3d_nerfstudio.engine.anomaly import PATIENCE, AnomalyError, LossGuard, check_weights
-from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows, _coverage
+from ovs3d_nerfstudio.features.teachers import Patches, Windows, _coverage
 from ovs3d_nerfstudio.fields.compositing import composite, top_samples
 from ovs3d_nerfstudio.losses import paper, patches
 from ovs3d_nerfstudio.prompts.segmentation import Segmenter, stretched
@@ -34,7 +34,7 @@ def windows(low, high, coefficients, dtype=torch.float64) -> Windows:
     tokens = noise(1, SIDE * SIDE, 5, seed=3).to(dtype)
     rays = torch.zeros(SIDE * SIDE, 3, dtype=torch.long)
     colors = noise(1, SIDE * SIDE, 3, seed=4).sigmoid().to(dtype)
-    return Windows(rays, tokens, [PatchGroup(covered, covered, coefficients.to(dtype))], SIDE, colors=colors)
+    return Windows(rays, tokens, Patches.joined([(covered, covered, coefficients.to(dtype))]), SIDE, colors=colors)
 
 
 # Gradients at the edges of formulas ------------------------------------------------------------------------------------
@@ -102,17 +102,17 @@ def test_windows_at_borders_and_apertures_of_every_width():
     drawn = windows(low, high, noise(4, DIM, seed=2))
     rays = noise(SIDE * SIDE, DIM, seed=4)
     for aperture in (0.0, 1.0, 30.0, 1e4):
-        assert torch.isfinite(patches.patch_distances(rays, drawn, aperture)).all()
+        assert torch.isfinite(*patches.patch_distances([rays], drawn, aperture)).all()
     single = windows(low, high, noise(4, DIM, seed=2), torch.float32)
     wide = torch.tensor(1e4, requires_grad=True)
-    patches.patch_distances(rays.float(), single, wide).sum().backward()
+    patches.patch_distances([rays.float()], single, wide)[0].sum().backward()
     assert torch.isfinite(wide.grad)
-    assert checked(lambda r, a: patches.patch_distances(r, drawn, a), rays, torch.tensor(1.5))
+    assert checked(lambda r, a: patches.patch_distances([r], drawn, a)[0], rays, torch.tensor(1.5))
 
 
 def test_a_window_without_a_patch_costs_nothing():
     drawn = windows([], [], torch.zeros(0, DIM))
-    distances = patches.patch_distances(noise(SIDE * SIDE, DIM), drawn, 1.0)
+    (distances,) = patches.patch_distances([noise(SIDE * SIDE, DIM)], drawn, 1.0)
     assert patches.patch_loss(distances) == 0 and patches.unmixing_loss(distances, distances) == 0
 
 

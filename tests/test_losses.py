@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows
+from ovs3d_nerfstudio.features.teachers import Patches, Windows
 from ovs3d_nerfstudio.losses import color, paper, patches
 from ovs3d_nerfstudio.losses.depth import depth_loss
 
@@ -114,13 +114,13 @@ def test_patch_loss_is_zero_when_blurred_features_give_the_patches_back():
     slow = torch.stack(
         [sum(r[i] * c[j] * features[0, i, j] for i in range(4) for j in range(4)) for r in rows for c in cols]
     )
-    group = PatchGroup(rows, cols.expand(2, 4), 3 * slow)
-    windows = Windows(torch.zeros(16, 3), torch.zeros(1, 16, 2), [group], 4)
-    assert patches.patch_loss(patches.patch_distances(features.view(16, 5), windows)).item() == pytest.approx(
+    seen = Patches.joined([(rows, cols.expand(2, 4), 3 * slow)])
+    windows = Windows(torch.zeros(16, 3), torch.zeros(1, 16, 2), seen, 4)
+    assert patches.patch_loss(*patches.patch_distances([features.view(16, 5)], windows)).item() == pytest.approx(
         0, abs=1e-12
     )
-    group.coefficients = -group.coefficients
-    assert patches.patch_loss(patches.patch_distances(features.view(16, 5), windows)).item() == pytest.approx(2)
+    seen.coefficients = -seen.coefficients
+    assert patches.patch_loss(*patches.patch_distances([features.view(16, 5)], windows)).item() == pytest.approx(2)
 
 
 def test_an_aperture_weighs_the_centre_of_a_patch_as_a_gaussian_does():
@@ -130,7 +130,7 @@ def test_an_aperture_weighs_the_centre_of_a_patch_as_a_gaussian_does():
     rows = rows / rows.sum(1, keepdim=True)
     rays = torch.randn(side * side, 5, generator=torch.Generator().manual_seed(0))
     embeddings = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
-    windows = Windows(torch.zeros(0, 3), torch.zeros(0), [PatchGroup(rows, rows, embeddings)], side)
+    windows = Windows(torch.zeros(0, 3), torch.zeros(0), Patches.joined([(rows, rows, embeddings)]), side)
     slow = []
     for p in range(2):
         mean, centre, half = torch.zeros(5), (low[p] + high[p]) / 2, (high[p] - low[p]) / 2
@@ -139,7 +139,26 @@ def test_an_aperture_weighs_the_centre_of_a_patch_as_a_gaussian_does():
                 u, v = (i + 0.5 - centre) / half, (j + 0.5 - centre) / half
                 mean += torch.exp(-aperture * (u**2 + v**2)) * rays[i * side + j]
         slow.append(1 - F.cosine_similarity(mean, embeddings[p], dim=0))
-    assert torch.allclose(patches.patch_distances(rays, windows, aperture), torch.stack(slow), atol=1e-5)
+    assert torch.allclose(*patches.patch_distances([rays], windows, aperture), torch.stack(slow), atol=1e-5)
+
+
+def test_windows_with_more_and_with_fewer_patches_do_not_mix():
+    side = 6
+    generator = torch.Generator().manual_seed(2)
+    rays = torch.randn(3, side * side, 5, generator=generator)
+    groups = []
+    for count in (3, 0, 1):
+        covered = torch.rand(2, count, side, generator=generator)
+        groups.append((*(covered / covered.sum(-1, keepdim=True)), torch.randn(count, 5, generator=generator)))
+
+    def distances(rays, groups):
+        windows = Windows(torch.zeros(0, 3), torch.zeros(0), Patches.joined(groups), side)
+        return patches.patch_distances([rays, rays.square()], windows, 0.7)
+
+    together = distances(rays.flatten(0, 1), groups)
+    alone = [distances(part, [group]) for part, group in zip(rays, groups, strict=True)]
+    for answer, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert len(answer) == 4 and torch.allclose(answer, torch.cat(parts), atol=1e-6)
 
 
 def test_unmixing_counts_for_little_where_classes_cannot_explain_a_patch():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovs3d_nerfstudio.features.teachers import PatchGroup, Windows
+from ovs3d_nerfstudio.features.teachers import Patches, Windows
 from ovs3d_nerfstudio.losses.mixing import PatchMixture
 from ovs3d_nerfstudio.losses.patches import patch_distances
 
@@ -25,8 +25,8 @@ def simulated(prompts, weights, offset, aperture, side=16, patches=300, seed=0):
         v = (place + 0.5 - low[1, p] - size[p] / 2) / (size[p] / 2)
         seen = rows[p, :, None] * cols[p] * torch.exp(-aperture * (u[:, None] ** 2 + v**2))
         embeddings.append((seen[..., None] * truth).sum((0, 1)))
-    group = PatchGroup(rows, cols, F.normalize(torch.stack(embeddings), dim=-1))
-    return labels, Windows(torch.zeros(0, 3), torch.zeros(0), [group], side)
+    seen = Patches.joined([(rows, cols, F.normalize(torch.stack(embeddings), dim=-1))])
+    return labels, Windows(torch.zeros(0, 3), torch.zeros(0), seen, side)
 
 
 def test_weights_offset_and_aperture_of_an_encoder_are_found():
@@ -39,7 +39,7 @@ def test_weights_offset_and_aperture_of_an_encoder_are_found():
     probabilities = F.one_hot(labels, 2).float()
     for _ in range(600):
         optimizer.zero_grad()
-        loss = patch_distances(mixture.rays(probabilities), windows, mixture.aperture).mean()
+        loss = patch_distances([mixture.rays(probabilities)], windows, mixture.aperture)[0].mean()
         loss.backward()
         optimizer.step()
     rays = mixture.rays(torch.eye(2))

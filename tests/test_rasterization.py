@@ -1,4 +1,4 @@
-"""Our rasterizer against a slow and obvious one, and against gsplat where there is a GPU."""
+"""Our rasterizer against a slow and obvious one."""
 
 from __future__ import annotations
 
@@ -265,21 +265,27 @@ def test_a_window_is_a_part_of_the_whole_picture_and_costs_less(packed: bool):
     tensors = scene(60, channels=41, cameras=2)
     colors = tensors.pop("colors").requires_grad_()
     tensors["means"].requires_grad_()
-    left, top, across, down = 16, 16, 21, 15
-    plans = [
-        plan_views(**tensors, width=WIDTH, height=HEIGHT, packed=packed, window=window)
-        for window in (None, (left, top, across, down))
-    ]
+    windows = [(16, 16, 21, 15), (0, 16, 21, 15)]
+    plans = [plan_views(**tensors, width=WIDTH, height=HEIGHT, packed=packed, windows=each) for each in (None, windows)]
     (whole, whole_alphas), (part, part_alphas) = (plan.composite(colors) for plan in plans)
-    cut = (slice(None), slice(top, top + down), slice(left, left + across))
-    torch.testing.assert_close(part, whole[cut])
-    torch.testing.assert_close(part_alphas, whole_alphas[cut])
+    torch.testing.assert_close(part, cut(whole, windows))
+    torch.testing.assert_close(part_alphas, cut(whole_alphas, windows))
     weights = torch.randn(part.shape, dtype=part.dtype, generator=torch.Generator().manual_seed(1))
     ours = torch.autograd.grad((part * weights).sum(), [colors, tensors["means"]])
-    theirs = torch.autograd.grad((whole[cut] * weights).sum(), [colors, tensors["means"]])
+    theirs = torch.autograd.grad((cut(whole, windows) * weights).sum(), [colors, tensors["means"]])
     for mine, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, expected)
     assert len(plans[1].gaussians) < 0.8 * len(plans[0].gaussians)
+    with pytest.raises(ValueError, match=r"one size, not \[\(20, 15\), \(21, 15\)\]"):
+        plan_views(**tensors, width=WIDTH, height=HEIGHT, windows=[(0, 0, 21, 15), (0, 0, 20, 15)])
+
+
+def cut(pictures: torch.Tensor, windows: list) -> torch.Tensor:
+    """The window of each picture."""
+    parts = zip(pictures, windows, strict=True)
+    return torch.stack(
+        [picture[top : top + down, left : left + across] for picture, (left, top, across, down) in parts]
+    )
 
 
 def test_a_camera_with_another_principal_point_sees_a_part_of_the_picture():
@@ -437,41 +443,6 @@ def test_gsplat_s_strategy_trains_on_what_we_return():
 def test_what_cannot_be_is_refused_in_a_sentence(options: dict, sentence: str):
     with pytest.raises(ValueError, match=sentence):
         rasterize(scene(), **options)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="gsplat composites on CUDA only")
-@pytest.mark.parametrize("channels", [3, 41])
-@pytest.mark.parametrize("options", [{}, {"rasterize_mode": "antialiased"}, {"render_mode": "RGB+ED"}], ids=str)
-def test_pictures_and_gradients_are_gsplat_s(channels: int, options: dict):
-    tensors = {name: tensor.float() for name, tensor in scene(300, channels, cameras=2).items()}
-    there = {name: tensor.cuda() for name, tensor in tensors.items()}
-    ours, theirs = (rasterize(each, absgrad=True, packed=False, **options) for each in (tensors, there))
-    torch.testing.assert_close(ours[0], theirs[0].cpu(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(ours[1], theirs[1].cpu(), rtol=0, atol=1e-4)
-    assert torch.equal(ours[2]["radii"] > 0, theirs[2]["radii"].cpu() > 0)
-    # gsplat leaves the gradient of cameras out unless they need one, and sums with atomics.
-    names = NAMES[:5]
-    mine, gsplats = (
-        gradients(rasterization, tensors, names, **options),
-        gradients(rasterization, there, names, **options),
-    )
-    for name in names:
-        error = (mine[name] - gsplats[name].cpu()).abs().max() / mine[name].abs().max()
-        assert error < 1e-3, (name, error)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="gsplat composites on CUDA only")
-def test_a_plan_on_cuda_is_gsplat_s_picture_and_its_window_a_part_of_it():
-    tensors = {name: tensor.float().cuda() for name, tensor in scene(300, 70, cameras=2).items()}
-    colors = tensors.pop("colors")
-    picture, alphas, _ = rasterization(**tensors, colors=colors, width=WIDTH, height=HEIGHT)
-    whole, whole_alphas = plan_views(**tensors, width=WIDTH, height=HEIGHT).composite(colors)
-    torch.testing.assert_close(whole, picture, rtol=0, atol=1e-3)
-    torch.testing.assert_close(whole_alphas, alphas, rtol=0, atol=1e-3)
-    part, _ = plan_views(**tensors, width=WIDTH, height=HEIGHT, window=(16, 16, 21, 15)).composite(colors)
-    torch.testing.assert_close(part, whole[:, 16:31, 16:37], rtol=0, atol=1e-3)
 
 
 def test_a_viewer_that_interrupts_renders_leaves_no_half_of_a_compiler_behind():

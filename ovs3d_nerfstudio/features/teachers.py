@@ -27,12 +27,39 @@ MOSTLY = 0.9
 
 
 @dataclass
-class PatchGroup:
-    """The patches inside one window. The mean of its rays over patch p is Σ_ij rows[p, i] cols[p, j] ray[i, j]."""
+class Patches:
+    """The patches inside windows: as many rows for each window as the fullest has. The mean of window w's rays over patch p is
+    Σ_ij rows[w, p, i] cols[w, p, j] ray[w, i, j]."""
 
-    rows: Float[Tensor, "P T"]
-    cols: Float[Tensor, "P T"]
-    coefficients: Float[Tensor, "P K"]
+    rows: Float[Tensor, "W P T"]
+    cols: Float[Tensor, "W P T"]
+    coefficients: Float[Tensor, "W P K"]
+    there: Int[Tensor, " n"]
+    """Which of the W·P rows are patches, window by window; the others only fill up."""
+
+    @classmethod
+    def joined(
+        cls, windows: Sequence[tuple[Float[Tensor, "p T"], Float[Tensor, "p T"], Float[Tensor, "p K"]]]
+    ) -> Patches:
+        """From rows, cols and coefficients of each window."""
+        counts = torch.tensor([len(rows) for rows, _, _ in windows])
+        most = int(counts.max())
+
+        def filled(column: int, value: float) -> Tensor:
+            parts = (window[column] for window in windows)
+            return torch.stack([F.pad(part, (0, 0, 0, most - len(part)), value=value) for part in parts])
+
+        share = 1 / windows[0][0].shape[1]  # what fills up sees all of the window: nothing is divided by zero
+        there = (torch.arange(most) < counts[:, None]).flatten().nonzero()[:, 0]
+        return cls(filled(0, share), filled(1, share), filled(2, 0.0), there)
+
+    def to(self, device: torch.device) -> Patches:
+        """On a device, which is not waited for, and in single precision."""
+
+        def sent(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=True)
+
+        return Patches(sent(self.rows), sent(self.cols), sent(self.coefficients).float(), there=sent(self.there))
 
 
 @dataclass
@@ -43,8 +70,7 @@ class Windows:
     """View, pixel row, pixel column of each ray, window by window, row by row; n = W·T·T."""
     tokens: Float[Tensor, "W TT E"]
     """The token that each ray lies in."""
-    patches: list[PatchGroup]
-    """One group a window."""
+    patches: Patches
     side: int
     """T, rays along a window's side."""
     seen: Bool[Tensor, "W TT"] | None = None
@@ -169,31 +195,34 @@ class Teachers:
         rays = side * rays_a_token
         corner = torch.stack(torch.meshgrid(torch.arange(rays), torch.arange(rays), indexing="ij"), -1).reshape(-1, 2)
         token = corner // rays_a_token @ torch.tensor([side, 1])
-        indices, tokens, seen, patches = [], [], [], []
         views = range(len(self._tokens)) if views is None else views
+        chosen, starts, grids, tokens = [], [], [], []
         for drawn in torch.randint(len(views), (count,), generator=generator).tolist():
-            view = views[drawn]
-            grid = self._tokens[view]
+            grid = self._tokens[views[drawn]]
             h, w = grid.shape[:2]
             top = int(torch.randint(h - side + 1, (1,), generator=generator))
             left = int(torch.randint(w - side + 1, (1,), generator=generator))
-            tokens.append(grid[top : top + side, left : left + side].reshape(side * side, -1)[token])
-            jittered = (corner + torch.rand(corner.shape, generator=generator)) / rays_a_token
-            place = (jittered + torch.tensor([top, left])) / torch.tensor([h, w])
-            pixel = (place * sizes[view]).long().minimum(sizes[view] - 1)
-            indices.append(torch.cat([torch.full((rays * rays, 1), view), pixel], 1))
-            if self._seen is not None:
-                seen.append(self._seen_at(view, place))
-            patches.append(
-                self._patches_inside(view, torch.tensor([left / w, top / h]), torch.tensor([side / w, side / h]), rays)
-            )
-        pixels = torch.cat(indices)
+            tokens.append(grid[top : top + side, left : left + side].reshape(side * side, -1))
+            chosen.append(views[drawn])
+            starts.append([top, left])
+            grids.append([h, w])
+        start, size, shape = torch.tensor(starts)[:, None], torch.tensor(grids)[:, None], sizes[chosen][:, None]
+        jittered = (corner + torch.rand(count, *corner.shape, generator=generator)) / rays_a_token
+        place = (jittered + start) / size
+        pixel = (place * shape).long().minimum(shape - 1)
+        view = torch.tensor(chosen)[:, None, None].expand(-1, len(corner), 1)
+        pixels = torch.cat([view, pixel], -1).flatten(0, 1)
+        seen = None
+        if self._seen is not None:
+            seen = torch.stack([self._seen_at(*each) for each in zip(chosen, place, strict=True)])
+            seen = seen.to(self.device, non_blocking=True)
+        of_tokens = torch.stack(tokens).to(self.device, non_blocking=True).float()
         return Windows(
             pixels.to(self.device, non_blocking=True),
-            torch.stack(tokens).to(self.device, torch.float32, non_blocking=True),
-            patches,
+            of_tokens.index_select(1, token.to(self.device, non_blocking=True)),
+            self._patches_inside(chosen, (start / size)[:, 0].flip(-1), (side / size)[:, 0].flip(-1), rays),
             rays,
-            torch.stack(seen).to(self.device, non_blocking=True) if self._seen is not None else None,
+            seen,
             pixels=pixels,
         )
 
@@ -205,18 +234,20 @@ class Teachers:
         return self._seen[self._mask_starts[view] + row * size[1] + col]
 
     def _patches_inside(
-        self, view: int, corner: Float[Tensor, "2"], extent: Float[Tensor, "2"], side: int
-    ) -> PatchGroup:
-        """The patches of all scales inside the window at `corner` (x, y) of the picture, as shares of it."""
-        span = self._patches_of[view]
-        boxes = (self._boxes[span] - corner.repeat(2)) / extent.repeat(2) * side
-        inside = ((boxes[:, :2] > -1e-4) & (boxes[:, 2:] < side + 1e-4)).all(-1).nonzero()[:, 0]
-        left, top, right, bottom = boxes[inside].unbind(-1)
-        return PatchGroup(
-            _coverage(top, bottom, side).to(self.device, non_blocking=True),
-            _coverage(left, right, side).to(self.device, non_blocking=True),
-            self._patches[span][inside].to(self.device, non_blocking=True).float(),
-        )
+        self, views: Sequence[int], corners: Float[Tensor, "W 2"], extents: Float[Tensor, "W 2"], side: int
+    ) -> Patches:
+        """The patches of all scales inside the window of each view at its corner (x, y), as shares of the picture."""
+        boxes, coefficients = [], []
+        for view, low, size in zip(views, corners.repeat(1, 2), extents.repeat(1, 2), strict=True):
+            span = self._patches_of[view]
+            places = (self._boxes[span] - low) / size * side
+            inside = ((places[:, :2] > -1e-4) & (places[:, 2:] < side + 1e-4)).all(-1).nonzero()[:, 0]
+            boxes.append(places[inside])
+            coefficients.append(self._patches[span][inside])
+        left, top, right, bottom = torch.cat(boxes).unbind(-1)
+        counts = [len(part) for part in boxes]
+        rows, cols = (_coverage(*ends, side).split(counts) for ends in ((top, bottom), (left, right)))
+        return Patches.joined(list(zip(rows, cols, coefficients, strict=True))).to(self.device)
 
 
 def seen_shares(mask: Bool[Tensor, "h w"], boxes: Float[Tensor, "P 4"]) -> Float[Tensor, " P"]:

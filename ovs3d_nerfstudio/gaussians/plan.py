@@ -1,11 +1,12 @@
 """Gaussians projected into views and sorted into tiles: what does not depend on their colours, computed once.
 
-gsplat's plain torch functions project, on whatever device the tensors are; sorting and compositing are gsplat's own
-on CUDA, and those of `binning` and `compositing` on the CPU elsewhere.
+Projection, sorting and compositing are gsplat's own kernels on CUDA. Elsewhere gsplat's plain torch functions project, and
+`binning` and `compositing` do the rest on the CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from ovs3d_nerfstudio.compiled import untraced
 from ovs3d_nerfstudio.gaussians import cuda_tiles
 from ovs3d_nerfstudio.gaussians.binning import TILE, Bins, bin_gaussians, may_be_seen
 from ovs3d_nerfstudio.gaussians.compositing import composite
-from ovs3d_nerfstudio.gaussians.cuda_tiles import CudaBins, bin_on_cuda, composite_on_cuda
+from ovs3d_nerfstudio.gaussians.cuda_tiles import CudaBins, bin_on_cuda, composite_on_cuda, project_on_cuda
 
 __all__ = ["CameraModel", "Plan", "Window", "plan_views"]
 
@@ -112,27 +113,32 @@ def plan_views(
     rasterize_mode: Literal["classic", "antialiased"] = "classic",
     camera_model: CameraModel = "pinhole",
     covars: Float[Tensor, "n 3 3"] | None = None,
-    window: Window | None = None,
+    windows: Sequence[Window] | None = None,
 ) -> Plan:
     """Projects Gaussians into cameras and sorts them into tiles; arguments as of `rasterization`, and:
 
     Args:
-        window: The part of the pictures to composite; `width` and `height` are those of the whole. The work is in
-            proportion to the Gaussians that meet it. Its pixels are the picture's, up to where gsplat cuts
-            Gaussians off at whole tiles; exactly if its left and top are multiples of 16.
+        windows: The part of each camera's picture to composite, all of one size; `width` and `height` are those of the
+            whole. The work is in proportion to the Gaussians that meet them. A window's pixels are the picture's, up to
+            where gsplat cuts Gaussians off at whole tiles; exactly if its left and top are multiples of 16.
 
     Raises:
-        ValueError: tile_size is not 16; or rows that are not packed, on CUDA.
+        ValueError: tile_size is not 16; windows of several sizes; or rows that are not packed, on CUDA.
     """
     if tile_size != TILE:
         raise ValueError(f"tile_size must be {TILE}, not {tile_size}.")
     if cuda_tiles.kernels_on(means.device) and not packed:
         raise ValueError("packed must be True on CUDA for a plan; call rasterization for rows of all Gaussians.")
-    window = window or (0, 0, width, height)
-    options = _Options(width, height, window, near_plane, far_plane, radius_clip, eps2d, rasterize_mode, camera_model)
+    windows = windows or [(0, 0, width, height)] * len(viewmats)
+    size = windows[0][2:] if windows else (width, height)
+    if any(window[2:] != size for window in windows):
+        raise ValueError(f"windows must have one size, not {sorted({window[2:] for window in windows})}.")
+    options = _Options(width, height, near_plane, far_plane, radius_clip, eps2d, rasterize_mode, camera_model)
     cameras = range(len(viewmats))
     gaussians = (means, quats, scales, opacities, covars)
-    views = [_view(*gaussians, viewmats[i : i + 1], Ks[i : i + 1], options) for i in cameras]
+    if cuda_tiles.kernels_on(means.device):
+        return _plan_on_cuda(*gaussians, viewmats, Ks, windows, options)
+    views = [_view(*gaussians, viewmats[i : i + 1], Ks[i : i + 1], windows[i], options) for i in cameras]
     camera_ids, gaussian_ids = None, None
     if packed:
         views = [_View(*(_rows(column, view.radii.nonzero()[:, 0]) for column in view)) for view in views]
@@ -142,12 +148,8 @@ def plan_views(
     else:
         spread = [_View(*(_spread(column, view.ids, len(means)) for column in view)) for view in views]
         _, radii, means2d, depths, conics, opacity = (torch.stack(columns) for columns in zip(*spread, strict=True))
-    if camera_ids is not None and gaussian_ids is not None and cuda_tiles.kernels_on(means.device):
-        pairs = (camera_ids, gaussian_ids)
-        on_cuda = bin_on_cuda(means2d, radii, depths, *pairs, len(views), *window[2:])
-        return Plan(radii, means2d, depths, conics, opacity, *pairs, on_cuda, gaussian_ids, camera_ids)
     geometry = (means2d.view(-1, 2), conics.view(-1, 3), opacity.view(-1), radii.view(-1), depths.view(-1))
-    bins = bin_gaussians(*geometry, camera_ids, len(views), *window[2:])
+    bins = bin_gaussians(*geometry, camera_ids, len(views), *size)
     flat = torch.from_numpy(bins.flat).to(means.device)
     seen = gaussian_ids[flat] if gaussian_ids is not None else flat % max(len(means), 1)
     seen_by = camera_ids[flat] if camera_ids is not None else flat // max(len(means), 1)
@@ -157,7 +159,6 @@ def plan_views(
 class _Options(NamedTuple):
     width: int
     height: int
-    window: Window
     near_plane: float
     far_plane: float
     radius_clip: float
@@ -185,25 +186,27 @@ def _view(
     covars: Float[Tensor, "n 3 3"] | None,
     viewmat: Float[Tensor, "1 4 4"],
     K: Float[Tensor, "1 3 3"],
+    window: Window,
     options: _Options,
 ) -> _View:
     """Projects those Gaussians that may be seen: one in the plane of the camera would make gradients infinite."""
     from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci
 
-    width, height, window, near, far, clip, eps2d, mode, model = options
+    width, height, near, far, clip, eps2d, mode, model = options
     view = viewmat[0].detach()
-    if model == "pinhole" and not cuda_tiles.kernels_on(means.device):
-        sizes = covars.detach().diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() if covars is not None else _largest(scales)
+    if model == "pinhole":
+        sizes = (
+            covars.detach().diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() if covars is not None else _largest(quats, scales)
+        )
         ids = may_be_seen(means, sizes, view, K[0], width, height, window, near, far, eps2d)
     else:
         distance = means.detach() @ view[2, :3] + view[2, 3]
         ids = ((distance > near) & (distance < far)).nonzero()[:, 0]
     if covars is not None:
         shapes = _rows(covars, ids)
-    elif quats is not None and scales is not None:
-        shapes = _quat_scale_to_covar_preci(_rows(quats, ids), _rows(scales, ids), True, False)[0]
     else:
-        raise ValueError("Gaussians need quats and scales, or covars.")
+        quats, scales = _shaped(quats, scales)
+        shapes = _quat_scale_to_covar_preci(_rows(quats, ids), _rows(scales, ids), True, False)[0]
     limits = (width, height, eps2d, near, far, mode == "antialiased", model)
     projected = _fully_fused_projection(_rows(means, ids), shapes, viewmat, K, *limits)
     radii, means2d, depths, conics = (part[0] for part in projected[:4])
@@ -216,10 +219,52 @@ def _view(
     return _View(ids, radii, means2d, depths, conics, opacity)
 
 
-def _largest(scales: Float[Tensor, "n 3"] | None) -> Float[Tensor, " n"]:
-    if scales is None:
+def _plan_on_cuda(
+    means: Float[Tensor, "n 3"],
+    quats: Float[Tensor, "n 4"] | None,
+    scales: Float[Tensor, "n 3"] | None,
+    opacities: Float[Tensor, " n"],
+    covars: Float[Tensor, "n 3 3"] | None,
+    viewmats: Float[Tensor, "c 4 4"],
+    Ks: Float[Tensor, "c 3 3"],
+    windows: Sequence[Window],
+    options: _Options,
+) -> Plan:
+    """All cameras at once: what a GPU's host does for each costs more than the GPU's own work."""
+    width, height, near, far, clip, eps2d, mode, model = options
+    if covars is None:
+        quats, scales = _shaped(quats, scales)
+    limits = {"eps2d": eps2d, "near_plane": near, "far_plane": far, "radius_clip": clip}
+    rows = project_on_cuda(
+        means, covars, quats, scales, viewmats, Ks, width, height, mode == "antialiased", model, **limits
+    )
+    opacity = _rows(opacities, rows.gaussian_ids)
+    if rows.compensations is not None:
+        opacity = opacity * rows.compensations
+    across, down = windows[0][2:] if windows else (width, height)
+    camera_ids, gaussian_ids, radii, means2d, depths, conics, _ = rows
+    if any(window != (0, 0, width, height) for window in windows):
+        corners = torch.tensor([window[:2] for window in windows], dtype=means2d.dtype)
+        means2d = means2d - corners.to(means2d.device, non_blocking=True)[camera_ids]
+        x, y = means2d.detach().unbind(-1)
+        meets = (x + radii > 0) & (x - radii < across) & (y + radii > 0) & (y - radii < down)
+        kept = meets.nonzero()[:, 0]
+        columns = (camera_ids, gaussian_ids, radii, means2d, depths, conics, opacity)
+        camera_ids, gaussian_ids, radii, means2d, depths, conics, opacity = (_rows(part, kept) for part in columns)
+    bins = bin_on_cuda(means2d, radii, depths, camera_ids, gaussian_ids, len(viewmats), across, down)
+    return Plan(radii, means2d, depths, conics, opacity, camera_ids, gaussian_ids, bins, gaussian_ids, camera_ids)
+
+
+def _shaped(
+    quats: Float[Tensor, "n 4"] | None, scales: Float[Tensor, "n 3"] | None
+) -> tuple[Float[Tensor, "n 4"], Float[Tensor, "n 3"]]:
+    if quats is None or scales is None:
         raise ValueError("Gaussians need quats and scales, or covars.")
-    return scales.detach().abs().amax(-1)
+    return quats, scales
+
+
+def _largest(quats: Float[Tensor, "n 4"] | None, scales: Float[Tensor, "n 3"] | None) -> Float[Tensor, " n"]:
+    return _shaped(quats, scales)[1].detach().abs().amax(-1)
 
 
 def _rows(tensor: Tensor, ids: Int[Tensor, " m"]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,16 +31,27 @@ def color_loss(
         bandwidth: σ, the distance of colours from which on rays may differ.
         seen: whether each ray counts; by default all do.
     """
-    side = math.isqrt(log_p.shape[1])
-    p, c = (values.view(len(log_p), side, side, -1) for values in (log_p, colors))
-    counts = None if seen is None else seen.view(len(seen), side, side)
-    total, pairs = log_p.new_zeros(()), 0
-    for down, right in NEIGHBOURS:
-        a = slice(None), slice(0, side - down), slice(max(0, -right), side - max(0, right))
-        b = slice(None), slice(down, side), slice(max(0, right), side - max(0, -right))
-        alike = torch.exp((c[a] - c[b]).square().sum(-1) / (-2 * bandwidth**2))
-        if counts is not None:
-            alike = alike * (counts[a] & counts[b])
-        total = total + (alike * js_divergence(p[a], p[b])).sum()
-        pairs += alike.numel()
-    return total / max(1, pairs)
+    windows, side = len(log_p), math.isqrt(log_p.shape[1])
+    inside = _inside(side)
+    counts = inside.to(log_p.device, non_blocking=True)[:, None]  # neighbour, window, row, column
+
+    def rolled(values: Tensor) -> tuple[Tensor, Tensor]:
+        own = values.view(windows, side, side, *values.shape[2:])
+        return own, torch.stack([own.roll((-y, -x), (1, 2)) for y, x in NEIGHBOURS])
+
+    own, other = rolled(colors)
+    alike = torch.exp((own - other).square().sum(-1) / (-2 * bandwidth**2))
+    if seen is not None:
+        own, other = rolled(seen)
+        counts = counts & own & other
+    own, other = rolled(log_p)
+    pairs = int(inside.sum()) * windows
+    return (counts * alike * js_divergence(own, other)).sum() / max(1, pairs)
+
+
+@lru_cache(maxsize=8)
+def _inside(side: int) -> Bool[Tensor, "N T T"]:
+    """Which rays of a window have each of the neighbours: those on its other side, where it was rolled over its edge, are none."""
+    place = torch.arange(side)
+    row, column = torch.meshgrid(place, place, indexing="ij")
+    return torch.stack([(row < side - y) & (column + x >= 0) & (column + x < side) for y, x in NEIGHBOURS])

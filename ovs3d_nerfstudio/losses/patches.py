@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,9 +14,10 @@ from ovs3d_nerfstudio.fields.compositing import LEAST_LENGTH
 
 
 def patch_distances(
-    rays: Float[Tensor, "n K"], windows: Windows, aperture: Float[Tensor, ""] | float = 0.0
-) -> Float[Tensor, " P"]:
-    """1 − cos(mean of the rays inside a patch, the patch's own embedding) of all patches of the windows.
+    rays: Sequence[Float[Tensor, "n K"]], windows: Windows, aperture: Float[Tensor, ""] | float = 0.0
+) -> list[Float[Tensor, " P"]]:
+    """1 − cos(mean of the rays inside a patch, the patch's own embedding) of all patches of the windows, for each of several
+    answers of what the rays are.
 
     The pyramid blurs: a cell is a mean over patches, and a patch is a mean over what it shows. Here the
     rendered rays, blurred in the same way, should give the embeddings back, so the field itself may stay sharp. The rays
@@ -24,13 +27,17 @@ def patch_distances(
         rays: what each ray of the windows gives to an embedding, window by window.
         aperture: `a` of the weight exp(−a u²) that a ray has at u ∈ [−1, 1] from a patch's centre, along either axis.
     """
-    pictures = rays.view(-1, windows.side, windows.side, rays.shape[-1])
-    distances = []
-    for group, picture in zip(windows.patches, pictures, strict=True):
-        rows, cols = _through(group.rows, aperture), _through(group.cols, aperture)
-        mean = torch.einsum("pi,pj,ijk->pk", rows, cols, picture)
-        distances.append(1 - F.cosine_similarity(mean, group.coefficients, dim=-1, eps=LEAST_LENGTH))
-    return torch.cat(distances)
+    patches, side = windows.patches, windows.side
+    rows, cols = _through(patches.rows, aperture), _through(patches.cols, aperture)
+    picture = torch.cat(list(rays), -1).view(len(rows), side, side, -1)  # W i j X
+    # Along a window's rows first, then down its columns: W p X.
+    along = torch.matmul(cols, picture.transpose(1, 2).flatten(2)).unflatten(-1, (side, -1))
+    means = torch.matmul(rows[:, :, None], along)[:, :, 0].flatten(0, 1).index_select(0, patches.there)
+    known = patches.coefficients.flatten(0, 1).index_select(0, patches.there)
+    return [
+        1 - F.cosine_similarity(mean, known, dim=-1, eps=LEAST_LENGTH)
+        for mean in means.split([part.shape[-1] for part in rays], -1)
+    ]
 
 
 def patch_loss(distances: Float[Tensor, " P"]) -> Float[Tensor, ""]:
@@ -49,12 +56,12 @@ def unmixing_loss(classes: Float[Tensor, " P"], features: Float[Tensor, " P"]) -
     return (weights * classes).sum() / max(1, len(classes))
 
 
-def _through(coverage: Float[Tensor, "P T"], aperture: Float[Tensor, ""] | float) -> Float[Tensor, "P T"]:
+def _through(coverage: Float[Tensor, "W P T"], aperture: Float[Tensor, ""] | float) -> Float[Tensor, "W P T"]:
     """Shares of an interval seen through the aperture; `coverage` is uniform inside the interval and sums to one."""
-    place = torch.arange(coverage.shape[1], device=coverage.device) + 0.5
-    centre = (coverage * place).sum(1, keepdim=True)
-    half = 0.5 / coverage.amax(1, keepdim=True)
+    place = torch.arange(coverage.shape[-1], device=coverage.device) + 0.5
+    centre = (coverage * place).sum(-1, keepdim=True)
+    half = 0.5 / coverage.amax(-1, keepdim=True)
     exponent = -aperture * ((place - centre) / half).square()
     # Less the greatest, which cancels: a narrow aperture would else leave no weight at all to divide by.
-    weighed = coverage * torch.exp(exponent - exponent.amax(1, keepdim=True))
-    return weighed / weighed.sum(1, keepdim=True)
+    weighed = coverage * torch.exp(exponent - exponent.amax(-1, keepdim=True))
+    return weighed / weighed.sum(-1, keepdim=True)

@@ -321,16 +321,18 @@ class SemanticModel(Model):
         if windows is None:
             return result
         semantics: Semantics = outputs["window_semantics"]
+        scores = self.class_scores(semantics.coefficients) if batch["class_losses"] else None
         if config.patch_loss_mult or config.unmixing_loss_mult:
-            free = patches.patch_distances(semantics.salient, windows, self.mixture.aperture)
+            answers = [semantics.salient]
+            if scores is not None and config.unmixing_loss_mult:
+                p = (scores / (config.unmixing_temperature * segmenter.spread)).softmax(-1)
+                answers.append(self.mixture.rays(p))
+            free, *mixed = patches.patch_distances(answers, windows, self.mixture.aperture)
             result["patch_loss"] = config.patch_loss_mult * patches.patch_loss(free)
-        if not batch["class_losses"]:
+            for distances in mixed:
+                result["unmixing_loss"] = config.unmixing_loss_mult * patches.unmixing_loss(distances, free)
+        if scores is None:
             return result
-        scores = self.class_scores(semantics.coefficients)
-        if config.unmixing_loss_mult:
-            p = (scores / (config.unmixing_temperature * segmenter.spread)).softmax(-1)
-            mixed = patches.patch_distances(self.mixture.rays(p), windows, self.mixture.aperture)
-            result["unmixing_loss"] = config.unmixing_loss_mult * patches.unmixing_loss(mixed, free)
         tokens = windows.tokens
         log_p = (scores / self.fda_temperature()).log_softmax(-1).view(*tokens.shape[:2], -1)
         if config.color_loss_mult:

@@ -6,7 +6,7 @@ Geometry comes first and stands still once the semantic losses begin: a step of 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -212,7 +212,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
             self.opacities.sigmoid().squeeze(-1),
             self._coefficients(None),
             view_matrix(pose),
-            intrinsics,
+            intrinsics.to(self.device),
             *size,
             packed=False,
             render_mode="RGB+ED" if depth else "RGB",
@@ -236,9 +236,8 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         # Where no training photo has a lens, nothing is there to be looked at: a step waits for no device.
         lens = None if self.training and camera.distortion_params is None else lens_of(camera)
         if lens is not None:
-            return lens, lens.size, lens.intrinsics().to(self.device)
-        size = int(camera.width), int(camera.height)
-        return None, size, camera.get_intrinsics_matrices().to(self.device)
+            return lens, lens.size, lens.intrinsics()
+        return None, (int(camera.width), int(camera.height)), camera.get_intrinsics_matrices()
 
     @torch.no_grad()
     def _view_outputs(self, camera: Cameras, semantics: bool = True) -> dict:
@@ -246,7 +245,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         width, height = int(camera.width), int(camera.height)
         chosen = self._chosen()
         lens, size, intrinsics = self._seen_by(camera)
-        plan = self._plan(view_matrix(camera.camera_to_worlds), intrinsics, size, chosen=chosen)
+        plan = self._plan(view_matrix(camera.camera_to_worlds), intrinsics.to(self.device), size, chosen=chosen)
         seen = plan.gaussians if chosen is None else chosen[plan.gaussians]
         channels = [self._colors(seen, camera.camera_to_worlds[0, :, 3]), plan.visible(plan.depths[..., None])]
         semantics = semantics and self.segmenter.ready
@@ -296,30 +295,41 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
     def _outputs_of(self, windows: Windows, cameras: Cameras) -> dict:
         """The semantics of each ray of the windows, composited over the Gaussians that meet a window; `cameras` on the CPU."""
         assert windows.pixels is not None, "windows are drawn on the CPU"
-        plans, places = [], []
-        # What cameras are is known on the CPU, so that no window has the device waited for.
-        poses = view_matrix(cameras.camera_to_worlds).to(self.device, non_blocking=True)
+        poses = view_matrix(cameras.camera_to_worlds)
         seen_by = [self._seen_by(cameras[i : i + 1]) for i in range(len(cameras))]
-        with torch.set_grad_enabled(not self.config.detach_density):
-            for i, pixels in enumerate(windows.pixels.split(windows.side**2)):
-                lens, size, intrinsics = seen_by[i]
-                pixels = pixels[:, 1:]
-                if lens is not None:
-                    pixels = lens.places[pixels[:, 0], pixels[:, 1]].flip(-1).long()
-                top, left, down, right = torch.cat([pixels.amin(0), pixels.amax(0)]).tolist()
-                window = (left, top, right - left + 1, down - top + 1)
-                plans.append(self._plan(poses[i : i + 1], intrinsics, size, window))
-                places.append((pixels[:, 0] - top) * window[2] + pixels[:, 1] - left)
+        pixels = [part[:, 1:] for part in windows.pixels.split(windows.side**2)]
+        pixels = [
+            part if lens is None else lens.places[part[:, 0], part[:, 1]].flip(-1).long()
+            for (lens, _, _), part in zip(seen_by, pixels, strict=True)
+        ]
+        # Windows of pictures of one size are seen at once.
+        together: dict[tuple[int, int], list[int]] = {}
+        for i, (_, size, _) in enumerate(seen_by):
+            together.setdefault(size, []).append(i)
+        plans, places = [], []
+        for size, mine in together.items():
+            corners = torch.stack([pixels[i].amin(0) for i in mine])
+            ends = torch.stack([pixels[i].amax(0) for i in mine])
+            down, across = ((ends - corners).amax(0) + 1).tolist()
+            parts = [(left, top, across, down) for top, left in corners.tolist()]
+            # What cameras are is known on the CPU, so that no window has the device waited for.
+            pose = poses[mine].to(self.device, non_blocking=True)
+            intrinsics = torch.cat([seen_by[i][2] for i in mine]).to(self.device, non_blocking=True)
+            with torch.set_grad_enabled(not self.config.detach_density):
+                plans.append(self._plan(pose, intrinsics, size, parts))
+            place = torch.stack([pixels[i] for i in mine]) - corners[:, None]
+            row = torch.arange(len(mine))[:, None] * down + place[..., 0]
+            places.append((row * across + place[..., 1]).flatten().to(self.device, non_blocking=True))
         coefficients, logits, saliency = self.semantic_field(
             self.means[torch.cat([plan.gaussians for plan in plans])].detach()
         )
         channels = torch.cat([coefficients, saliency * coefficients, logits], -1)
-        rays = []
-        parts = channels.split([len(plan.gaussians) for plan in plans])
-        for plan, values, place in zip(plans, parts, places, strict=True):
-            image, alpha = plan.composite_visible(values)
-            there = (image / alpha.clamp(min=LEAST_ALPHA)).flatten(0, 2)
-            rays.append(there[place.to(self.device, non_blocking=True)])
+        shares, rays = channels.split([len(plan.gaussians) for plan in plans]), []
+        for plan, values, place in zip(plans, shares, places, strict=True):
+            image, alpha = (part.flatten(0, 2).index_select(0, place) for part in plan.composite_visible(values))
+            rays.extend((image / alpha.clamp(min=LEAST_ALPHA)).split(windows.side**2))
+        order = [i for mine in together.values() for i in mine]
+        rays = [rays[order.index(i)] for i in range(len(order))]
         dim, scales = self.semantic_field.dim, self.config.num_scales
         semantics = self.semantics_of(*torch.cat(rays).split([dim, dim, scales], -1))
         seen = semantics if windows.seen is None else semantics[windows.seen.flatten()]
@@ -327,18 +337,18 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
 
     def _plan(
         self,
-        viewmat: Float[Tensor, "1 4 4"],
-        intrinsics: Float[Tensor, "1 3 3"],
+        viewmats: Float[Tensor, "c 4 4"],
+        intrinsics: Float[Tensor, "c 3 3"],
         size: tuple[int, int],
-        window: Window | None = None,
+        windows: Sequence[Window] | None = None,
         chosen: Int[Tensor, " m"] | None = None,
     ) -> Plan:
-        """The Gaussians, or the chosen ones, as a camera whose pictures have `size` (width and height) sees them."""
+        """The Gaussians, or the chosen ones, as cameras whose pictures have `size` (width and height) see them, or windows of these."""
         shape = (self.means, self.quats, self.scales.exp(), self.opacities.sigmoid().squeeze(-1))
         if chosen is not None:
             shape = tuple(part[chosen] for part in shape)
         mode = self.config.rasterize_mode
-        return plan_views(*shape, viewmat, intrinsics, *size, rasterize_mode=mode, window=window)
+        return plan_views(*shape, viewmats, intrinsics, *size, rasterize_mode=mode, windows=windows)
 
     def plan_of(self, camera: Cameras, chosen: Int[Tensor, " m"] | None = None) -> Plan:
         """The Gaussians, or the chosen ones, as one camera sees them: what does not depend on what is composited."""
