@@ -45,7 +45,9 @@ def test_a_plan_on_cuda_is_gsplat_s_picture_and_its_window_a_part_of_it():
     torch.testing.assert_close(whole_alphas, alphas, rtol=0, atol=1e-3)
     windows = [(16, 16, 21, 15), (0, 16, 21, 15)]
     part, _ = plan_views(**tensors, width=WIDTH, height=HEIGHT, windows=windows).composite(colors)
-    torch.testing.assert_close(part, cut(whole, windows), rtol=0, atol=1e-3)
+    off = (part - cut(whole, windows)).abs()
+    # A pixel whose last Gaussian is at the least alpha that counts may have it in one picture and not in the other.
+    assert off.amax() <= 1 / 255 and (off.amax(-1) <= 1e-3).float().mean() >= 0.99
 
 
 @pytest.mark.parametrize("options", [{}, {"rasterize_mode": "antialiased"}, {"covars": True}], ids=str)

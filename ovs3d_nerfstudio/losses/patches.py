@@ -28,7 +28,7 @@ def patch_distances(
         aperture: `a` of the weight exp(−a u²) that a ray has at u ∈ [−1, 1] from a patch's centre, along either axis.
     """
     patches, side = windows.patches, windows.side
-    rows, cols = _through(patches.rows, aperture), _through(patches.cols, aperture)
+    rows, cols = _through(torch.stack([patches.rows, patches.cols]), aperture)
     picture = torch.cat(list(rays), -1).view(len(rows), side, side, -1)  # W i j X
     # Along a window's rows first, then down its columns: W p X.
     along = torch.matmul(cols, picture.transpose(1, 2).flatten(2)).unflatten(-1, (side, -1))
@@ -56,7 +56,7 @@ def unmixing_loss(classes: Float[Tensor, " P"], features: Float[Tensor, " P"]) -
     return (weights * classes).sum() / max(1, len(classes))
 
 
-def _through(coverage: Float[Tensor, "W P T"], aperture: Float[Tensor, ""] | float) -> Float[Tensor, "W P T"]:
+def _through(coverage: Float[Tensor, "*P T"], aperture: Float[Tensor, ""] | float) -> Float[Tensor, "*P T"]:
     """Shares of an interval seen through the aperture; `coverage` is uniform inside the interval and sums to one."""
     place = torch.arange(coverage.shape[-1], device=coverage.device) + 0.5
     centre = (coverage * place).sum(-1, keepdim=True)

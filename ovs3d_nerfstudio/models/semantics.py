@@ -303,25 +303,27 @@ class SemanticModel(Model):
         """Feature loss, RDA and FDA (3D-OVS §3.2–3.3), the patch and the unmixing loss, each times its weight."""
         config, segmenter = self.config, self.segmenter
         teachers = F.normalize(batch["teachers"], dim=-1)
-        scales = outputs["semantics"].scales[..., None]
-        target = (scales * teachers).sum(-2)
-        result = {
-            "feature_loss": config.feature_loss_mult * paper.cosine_loss(outputs["semantics"].coefficients, target)
-        }
+        rays: Semantics = outputs["semantics"]
+        target = (rays.scales[..., None] * teachers).sum(-2)
+        result = {"feature_loss": config.feature_loss_mult * paper.cosine_loss(rays.coefficients, target)}
+        scores = None
         if segmenter.prompts and config.rda_loss_mult:
             similarities = segmenter.similarities(teachers)
             if config.rda_range == "scene":
                 relevancies = segmenter.relevancies(similarities)
             else:
                 relevancies = stretched(similarities, *batch["ranges"].unbind(-2))
-            result["rda_loss"] = config.rda_loss_mult * paper.rda_loss(
-                self.class_scores(outputs["semantics"].coefficients), (scales * relevancies).sum(-2)
-            )
+            scores = self.class_scores(rays.coefficients)
+            relevancy = (rays.scales[..., None] * relevancies).sum(-2)
+            result["rda_loss"] = config.rda_loss_mult * paper.rda_loss(scores, relevancy)
         windows: Windows | None = batch.get("windows")
         if windows is None:
             return result
         semantics: Semantics = outputs["window_semantics"]
-        scores = self.class_scores(semantics.coefficients) if batch["class_losses"] else None
+        if not batch["class_losses"]:
+            scores = None
+        elif scores is None or semantics is not rays:
+            scores = self.class_scores(semantics.coefficients)
         if config.patch_loss_mult or config.unmixing_loss_mult:
             answers = [semantics.salient]
             if scores is not None and config.unmixing_loss_mult:

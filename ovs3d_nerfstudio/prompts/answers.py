@@ -177,6 +177,8 @@ class Answers(Mapping[str, Tensor]):
     @cached_property
     def there(self) -> Bool[Tensor, "*R 1"]:
         """Where there is something."""
+        if self.question.answering.mode == "argmax" and "labels" in vars(self):  # known by them already
+            return (self.labels >= 0)[..., None]
         return self._each(something).view(*self.rgb.shape[:-1], 1)
 
     @cached_property
@@ -192,6 +194,9 @@ class Answers(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)  # not Mapping's, which would make the picture
 
     def __getitem__(self, name: str) -> Tensor:
         question = self.question

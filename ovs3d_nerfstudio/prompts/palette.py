@@ -86,7 +86,7 @@ def colors_for(prompts: Sequence[str], trained: Sequence[str]) -> Float[np.ndarr
         elif not taken:
             slots[key] = free[0]
         else:
-            colors = _lab([*free, *sorted(taken)])
+            colors = np.stack([_lab(slot) for slot in [*free, *sorted(taken)]])
             apart = np.linalg.norm(colors[: len(free), None] - colors[None, len(free) :], axis=-1).min(1)
             slots[key] = free[int(np.argmax(apart >= _FAR) if (apart >= _FAR).any() else apart.argmax())]
     return _colors([slots[prompt_key(prompt)] for prompt in prompts])
@@ -166,13 +166,15 @@ def _colors(slots: Sequence[int]) -> Float[np.ndarray, "n 3"]:
     return np.array([class_color(slot) for slot in slots], dtype=np.float32).reshape(-1, 3)
 
 
-def _lab(slots: Sequence[int]) -> Float[np.ndarray, "n 3"]:
-    """Their colours in CIELAB (D65)."""
-    colors = _colors(slots).astype(np.float64)
+@functools.lru_cache(maxsize=4096)
+def _lab(slot: int) -> Float[np.ndarray, "3"]:
+    """Its colour in CIELAB (D65)."""
+    colors = _colors([slot]).astype(np.float64)
     linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
     xyz = linear @ _TO_XYZ.T / _TO_XYZ.sum(1)
     root = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
-    return np.stack([116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])], -1)
+    x, y, z = root[0]
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def _numpy(colors: Float[np.ndarray, "C 3"] | Float[Tensor, "C 3"]) -> Float[np.ndarray, "C 3"]:

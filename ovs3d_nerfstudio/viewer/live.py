@@ -185,7 +185,8 @@ class LivePrompts:
 
 
 def _asking(trained: Segmenter, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> Segmenter:
-    segmenter = copy.deepcopy(trained)
+    segmenter = copy.copy(trained)
+    segmenter._buffers = dict(trained._buffers)  # `ask` replaces some; what is known of the scene is shared
     segmenter.ask(prompts, text)
     return segmenter
 
