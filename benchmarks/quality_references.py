@@ -118,8 +118,8 @@ def pyramid(config: TrainerConfig, scene: Path, prompts: list[str]) -> Scores:
     return _score(scene, paths, prompts, lambda split, i: predict(paths[split][i]))
 
 
-def average(pipeline: OVS3DPipeline) -> Scores:
-    """Each pixel's 3D point by the field's own depth; similarities averaged over the training views that see it.
+def average(pipeline: OVS3DPipeline, scales: slice = slice(None)) -> Scores:
+    """Each pixel's 3D point by the field's own depth; similarities averaged over the training views that see it, and over `scales`.
 
     Points are projected without lens distortion.
     """
@@ -147,7 +147,8 @@ def average(pipeline: OVS3DPipeline) -> Scores:
             there = depth[(y * depth.shape[0]).long(), (x * depth.shape[1]).long()]
             # What no view sees unhidden is still told by the views that have it in their picture.
             weight = (distance[inside] < there * (1 + DEPTH_TOLERANCE)).float() + 1e-3
-            total[inside] += weight[:, None] * cells.at(torch.full_like(y, i, dtype=torch.long), y, x).mean(1)
+            told = cells.at(torch.full_like(y, i, dtype=torch.long), y, x)[:, scales].mean(1)
+            total[inside] += weight[:, None] * told
         return total.argmax(-1).cpu().numpy()
 
     data, paths = Path(manager.config.data or "."), {s: dataset.image_filenames for s, dataset in datasets.items()}
@@ -156,9 +157,9 @@ def average(pipeline: OVS3DPipeline) -> Scores:
 
 
 @torch.no_grad()
-def lift(pipeline: OVS3DPipeline) -> Scores:
+def lift(pipeline: OVS3DPipeline, scales: slice = slice(None)) -> Scores:
     """The training-free average over Gaussians: each takes the mean of the similarities at the pixels of the training views
-    that show it, weighed by how much of a pixel it is; rasterised as the run's own features are."""
+    that show it, over `scales`, weighed by how much of a pixel it is; rasterised as the run's own features are."""
     pipeline.eval()
     manager, model = pipeline.datamanager, pipeline.model
     prompts, teachers = model.segmenter.prompts, manager.teachers
@@ -172,7 +173,7 @@ def lift(pipeline: OVS3DPipeline) -> Scores:
         height, width = int(camera.height), int(camera.width)
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
         view = torch.full((height * width,), i)
-        told = (F.normalize(teachers.at(view, y.flatten(), x.flatten()), dim=-1) @ text).mean(1)
+        told = (F.normalize(teachers.at(view, y.flatten(), x.flatten())[:, scales], dim=-1) @ text).mean(1)
         told = torch.cat([told, torch.ones_like(told[:, :1])], -1).view(1, height, width, -1)
         seen = model.plan_of(camera)
         total.index_add_(0, seen.gaussians, seen.gather(told))

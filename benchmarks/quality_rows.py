@@ -52,6 +52,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "undetached": {"model.detach_density": False},
     "relevancy": {"model.class_scores": "relevancy"},
     "cosine": {"model.class_scores": "cosine"},
+    "centred": {"model.class_scores": "centred"},
     "dense": {"datamanager.clip_features": "dense"},
     "ovs3d-paper": {},  # filled from the method of that name by `row_config`, as is `paper`
     "paper": {
@@ -75,7 +76,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 AVERAGES = {"average-3d": average, "lift": lift}
 """Training-free averages over what geometry says: of rays, of Gaussians."""
 REFERENCES = ("pyramid-2d", *AVERAGES, "truth")
-"""What cannot be joined with another row."""
+"""What cannot be joined with another row; but an average may be of one of the pyramid's scales (`lift+scale-10`)."""
 ROWS = (
     *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch", "no-color"),
     *("scale-5", "scale-7", "scale-10", "finer-1.4"),
@@ -121,7 +122,8 @@ def check_row(row: str) -> str:
     """`row` itself. Raises QualityError when there is no such row."""
     parts = row.split("+")
     known = all(p in CHANGES or re.fullmatch(r"(scale|views)-\d+|(fda-x|finer-)\d+(\.\d+)?", p) for p in parts)
-    if not known or (len(parts) > 1 and any(reference in parts for reference in REFERENCES)):
+    scale_of_an_average = len(parts) == 2 and parts[0] in AVERAGES and parts[1].startswith("scale-")
+    if not known or (len(parts) > 1 and not scale_of_an_average and any(each in parts for each in REFERENCES)):
         raise QualityError(
             f"There is no row '{row}'; choose of {', '.join(ROWS)}, scale-N, views-N, fda-xN, finer-N, or several joined by +."
         )
@@ -144,10 +146,11 @@ def measure(job: Job, row: str, held: dict[str, OVS3DPipeline]) -> Outcome:
     """
     if row == "pyramid-2d":
         return Outcome(pyramid(row_config(job, row, {}), job.scene, check_scene(job.scene)), NO_COSTS)
-    if row in AVERAGES:
+    reference, _, scale = row.partition("+scale-")
+    if reference in AVERAGES:
         # Semantic losses do not reach the geometry, which alone is as good as that of the run of `full`.
         pipeline = held.pop("full", None) or train(job, "full", {"model.semantics_start": NEVER})[0]
-        return Outcome(AVERAGES[row](pipeline), NO_COSTS)
+        return Outcome(AVERAGES[reference](pipeline, chosen_scale(pipeline, scale)), NO_COSTS)
     changes = {path: value for part in row.split("+") for path, value in CHANGES.get(part, {}).items()}
     pipeline, costs = train(job, row, changes)
     manager, evaluator, splits = pipeline.datamanager, pipeline.evaluator, {}
@@ -157,6 +160,17 @@ def measure(job: Job, row: str, held: dict[str, OVS3DPipeline]) -> Outcome:
     if row == "full" and row in held:
         held[row] = pipeline
     return Outcome(splits, costs)
+
+
+def chosen_scale(pipeline: OVS3DPipeline, scale: str) -> slice:
+    """Which of the pyramid's scales are averaged: one, or all where none is named. Raises QualityError when there is none of it."""
+    if not scale:
+        return slice(None)
+    scales = list(pipeline.config.datamanager.scales)
+    if int(scale) not in scales:
+        raise QualityError(f"The pyramid has the scales {', '.join(f'{each:g}' for each in scales)}, not {scale}.")
+    index = scales.index(int(scale))
+    return slice(index, index + 1)
 
 
 def row_config(job: Job, row: str, changes: dict[str, Any]) -> TrainerConfig:
