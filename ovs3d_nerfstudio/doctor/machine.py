@@ -20,7 +20,7 @@ from ovs3d_nerfstudio.engine.threads import busy_hint
 from ovs3d_nerfstudio.memory import free_memory
 
 GB = 1 << 30
-GPU_NEEDS, LITE_NEEDS, DISK_NEEDS = 8 * GB, 3 * GB, 2 * GB
+GPU_NEEDS, LITE_NEEDS, DISK_NEEDS = 4 * GB, 3 * GB, 2 * GB
 """Free memory for the methods of full size and for the small ones (README); room for a scene's features and a run."""
 DOWNLOADED = {
     f"open_clip:{open_clip.DEFAULT}": (open_clip.DEFAULT_ON_HUB, open_clip.WEIGHTS, "open_clip:ViT-B-16@FILE"),
@@ -155,7 +155,7 @@ def advice(device: str, downloads: bool, offline: bool) -> Finding:
         )  # fmt: skip
     if device == "cuda" and free_memory(device) >= GPU_NEEDS and downloads:
         return Finding(
-            "good", about, "Take ovs3d-splat (10 000 steps, renders in real time) or ovs3d (30 000 steps): 8 GB of the GPU's memory are enough."
+            "good", about, "Take ovs3d-splat (10 000 steps, renders in real time) or ovs3d (30 000 steps): 4 GB of the GPU's memory are enough."
         )  # fmt: skip
     minutes = 3 * max(1.0, 2 / cores)
     what = (
