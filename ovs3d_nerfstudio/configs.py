@@ -252,12 +252,15 @@ def semantics_alone(config: OVS3DTrainerConfig, steps: int) -> None:
 
 
 ovs3d = MethodSpecification(
-    _best, "3D-OVS with patches unmixed: open-vocabulary 3D segmentation from photos and prompts; one GPU of 4 GB or more."
+    _best,
+    "3D-OVS with patches unmixed: open-vocabulary 3D segmentation from photos and prompts; one GPU of 4 GB or more.",
 )
 ovs3d_paper = MethodSpecification(
     _paper, "3D-OVS with the paper's losses alone, to reproduce and to compare; one GPU of 4 GB or more."
 )
-ovs3d_splat = MethodSpecification(_splat_best, "3D-OVS on Gaussian splats: renders in real time; one GPU of 4 GB or more.")
+ovs3d_splat = MethodSpecification(
+    _splat_best, "3D-OVS on Gaussian splats: renders in real time; one GPU of 4 GB or more."
+)
 ovs3d_splat_lite = MethodSpecification(
     _splat_lite, "3D-OVS on Gaussian splats for a laptop: minutes on a CPU, no download."
 )
