@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gsplat
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.gaussians.binning import TILE
 
-__all__ = ["CudaBins", "Projected", "bin_on_cuda", "composite_on_cuda", "kernels_on", "project_on_cuda"]
+__all__ = ["CudaBins", "bin_on_cuda", "composite_on_cuda", "kernels_on", "project_on_cuda"]
 
 # gsplat's kernels keep the channels of a tile in shared memory; its own rasterization cuts at 32, too.
 _CHANNELS_AT_ONCE = 32
@@ -38,24 +38,12 @@ class CudaBins:
         return -(-self.width // TILE), -(-self.height // TILE)
 
 
-class Projected(NamedTuple):
-    """The Gaussians that each camera may see, a row for each pair."""
-
-    camera_ids: Int[Tensor, " rows"]
-    gaussian_ids: Int[Tensor, " rows"]
-    radii: Int[Tensor, " rows"]
-    means2d: Float[Tensor, "rows 2"]
-    depths: Float[Tensor, " rows"]
-    conics: Float[Tensor, "rows 3"]
-    compensations: Float[Tensor, " rows"] | None
-    """What opacities are multiplied by where views are antialiased."""
-
-
 def project_on_cuda(
     means: Float[Tensor, "n 3"],
-    covars: Float[Tensor, "n 3 3"] | None,
     quats: Float[Tensor, "n 4"] | None,
     scales: Float[Tensor, "n 3"] | None,
+    covars: Float[Tensor, "n 3 3"] | None,
+    opacities: Float[Tensor, " n"],
     viewmats: Float[Tensor, "c 4 4"],
     Ks: Float[Tensor, "c 3 3"],
     width: int,
@@ -63,13 +51,13 @@ def project_on_cuda(
     antialiased: bool,
     camera_model: Literal["pinhole", "ortho", "fisheye"],
     **limits: float,
-) -> Projected:
+) -> tuple[Tensor, ...]:
     """Projects Gaussians into all cameras at once; arguments as of `rasterization`, of which `limits` are eps2d, near_plane, far_plane
-    and radius_clip."""
+    and radius_clip. Of each pair of a camera and a Gaussian that it may see: both ids, radius, mean, depth, conic and opacity."""
     if covars is not None:
         i, j = torch.triu_indices(3, 3)
         covars, quats, scales = covars[:, i, j], None, None
-    camera_ids, gaussian_ids, radii, means2d, depths, conics, compensations = gsplat.fully_fused_projection(
+    *columns, factors = gsplat.fully_fused_projection(
         means,
         covars,
         quats,
@@ -83,8 +71,8 @@ def project_on_cuda(
         camera_model=camera_model,
         **limits,
     )
-    factors = compensations if antialiased else None
-    return Projected(camera_ids, gaussian_ids, radii, means2d, depths, conics, factors)
+    opacity = opacities.index_select(0, columns[1])
+    return *columns, opacity * factors if antialiased else opacity
 
 
 def bin_on_cuda(

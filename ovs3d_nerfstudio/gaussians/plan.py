@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ovs3d_nerfstudio.compiled import untraced
@@ -135,10 +135,12 @@ def plan_views(
         raise ValueError(f"windows must have one size, not {sorted({window[2:] for window in windows})}.")
     options = _Options(width, height, near_plane, far_plane, radius_clip, eps2d, rasterize_mode, camera_model)
     cameras = range(len(viewmats))
-    gaussians = (means, quats, scales, opacities, covars)
+    if covars is None and (quats is None or scales is None):
+        raise ValueError("Gaussians need quats and scales, or covars.")
+    gaussians = _Gaussians(means, quats, scales, covars, opacities)
     if cuda_tiles.kernels_on(means.device):
-        return _plan_on_cuda(*gaussians, viewmats, Ks, windows, options)
-    views = [_view(*gaussians, viewmats[i : i + 1], Ks[i : i + 1], windows[i], options) for i in cameras]
+        return _plan_on_cuda(gaussians, viewmats, Ks, windows, options)
+    views = [_view(gaussians, viewmats[i : i + 1], Ks[i : i + 1], windows[i], options) for i in cameras]
     camera_ids, gaussian_ids = None, None
     if packed:
         views = [_View(*(_rows(column, view.radii.nonzero()[:, 0]) for column in view)) for view in views]
@@ -154,6 +156,16 @@ def plan_views(
     seen = gaussian_ids[flat] if gaussian_ids is not None else flat % max(len(means), 1)
     seen_by = camera_ids[flat] if camera_ids is not None else flat // max(len(means), 1)
     return Plan(radii, means2d, depths, conics, opacity, camera_ids, gaussian_ids, bins, seen, seen_by)
+
+
+class _Gaussians(NamedTuple):
+    """What is projected: shapes are `quats` and `scales`, or `covars` instead."""
+
+    means: Float[Tensor, "n 3"]
+    quats: Float[Tensor, "n 4"] | None
+    scales: Float[Tensor, "n 3"] | None
+    covars: Float[Tensor, "n 3 3"] | None
+    opacities: Float[Tensor, " n"]
 
 
 class _Options(NamedTuple):
@@ -179,11 +191,7 @@ class _View(NamedTuple):
 
 
 def _view(
-    means: Float[Tensor, "n 3"],
-    quats: Float[Tensor, "n 4"] | None,
-    scales: Float[Tensor, "n 3"] | None,
-    opacities: Float[Tensor, " n"],
-    covars: Float[Tensor, "n 3 3"] | None,
+    gaussians: _Gaussians,
     viewmat: Float[Tensor, "1 4 4"],
     K: Float[Tensor, "1 3 3"],
     window: Window,
@@ -192,12 +200,15 @@ def _view(
     """Projects those Gaussians that may be seen: one in the plane of the camera would make gradients infinite."""
     from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci
 
+    means, quats, scales, covars, opacities = gaussians
     width, height, near, far, clip, eps2d, mode, model = options
     view = viewmat[0].detach()
     if model == "pinhole":
-        sizes = (
-            covars.detach().diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() if covars is not None else _largest(quats, scales)
-        )
+        if covars is not None:
+            sizes = covars.detach().diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
+        else:
+            assert scales is not None, "looked at by `plan_views`"
+            sizes = scales.detach().abs().amax(-1)
         ids = may_be_seen(means, sizes, view, K[0], width, height, window, near, far, eps2d)
     else:
         distance = means.detach() @ view[2, :3] + view[2, 3]
@@ -205,26 +216,20 @@ def _view(
     if covars is not None:
         shapes = _rows(covars, ids)
     else:
-        quats, scales = _shaped(quats, scales)
+        assert quats is not None and scales is not None, "looked at by `plan_views`"
         shapes = _quat_scale_to_covar_preci(_rows(quats, ids), _rows(scales, ids), True, False)[0]
     limits = (width, height, eps2d, near, far, mode == "antialiased", model)
     projected = _fully_fused_projection(_rows(means, ids), shapes, viewmat, K, *limits)
     radii, means2d, depths, conics = (part[0] for part in projected[:4])
     factors = projected[4]
     means2d = means2d - means2d.new_tensor(window[:2])
-    reach = radii[:, None]
-    meets = ((means2d + reach > 0) & (means2d - reach < means2d.new_tensor(window[2:]))).all(-1)
-    radii = torch.where(meets & (radii > clip), radii, 0)
+    radii = torch.where(_meets(means2d, radii, *window[2:]) & (radii > clip), radii, 0)
     opacity = _rows(opacities, ids) if factors is None else _rows(opacities, ids) * factors[0]
     return _View(ids, radii, means2d, depths, conics, opacity)
 
 
 def _plan_on_cuda(
-    means: Float[Tensor, "n 3"],
-    quats: Float[Tensor, "n 4"] | None,
-    scales: Float[Tensor, "n 3"] | None,
-    opacities: Float[Tensor, " n"],
-    covars: Float[Tensor, "n 3 3"] | None,
+    gaussians: _Gaussians,
     viewmats: Float[Tensor, "c 4 4"],
     Ks: Float[Tensor, "c 3 3"],
     windows: Sequence[Window],
@@ -232,39 +237,35 @@ def _plan_on_cuda(
 ) -> Plan:
     """All cameras at once: what a GPU's host does for each costs more than the GPU's own work."""
     width, height, near, far, clip, eps2d, mode, model = options
-    if covars is None:
-        quats, scales = _shaped(quats, scales)
-    limits = {"eps2d": eps2d, "near_plane": near, "far_plane": far, "radius_clip": clip}
-    rows = project_on_cuda(
-        means, covars, quats, scales, viewmats, Ks, width, height, mode == "antialiased", model, **limits
+    columns = project_on_cuda(
+        *gaussians,
+        viewmats,
+        Ks,
+        width,
+        height,
+        mode == "antialiased",
+        model,
+        eps2d=eps2d,
+        near_plane=near,
+        far_plane=far,
+        radius_clip=clip,
     )
-    opacity = _rows(opacities, rows.gaussian_ids)
-    if rows.compensations is not None:
-        opacity = opacity * rows.compensations
+    camera_ids, gaussian_ids, radii, means2d, depths, conics, opacity = columns
     across, down = windows[0][2:] if windows else (width, height)
-    camera_ids, gaussian_ids, radii, means2d, depths, conics, _ = rows
     if any(window != (0, 0, width, height) for window in windows):
         corners = torch.tensor([window[:2] for window in windows], dtype=means2d.dtype)
         means2d = means2d - corners.to(means2d.device, non_blocking=True)[camera_ids]
-        x, y = means2d.detach().unbind(-1)
-        meets = (x + radii > 0) & (x - radii < across) & (y + radii > 0) & (y - radii < down)
-        kept = meets.nonzero()[:, 0]
+        kept = _meets(means2d, radii, across, down).nonzero()[:, 0]
         columns = (camera_ids, gaussian_ids, radii, means2d, depths, conics, opacity)
         camera_ids, gaussian_ids, radii, means2d, depths, conics, opacity = (_rows(part, kept) for part in columns)
     bins = bin_on_cuda(means2d, radii, depths, camera_ids, gaussian_ids, len(viewmats), across, down)
     return Plan(radii, means2d, depths, conics, opacity, camera_ids, gaussian_ids, bins, gaussian_ids, camera_ids)
 
 
-def _shaped(
-    quats: Float[Tensor, "n 4"] | None, scales: Float[Tensor, "n 3"] | None
-) -> tuple[Float[Tensor, "n 4"], Float[Tensor, "n 3"]]:
-    if quats is None or scales is None:
-        raise ValueError("Gaussians need quats and scales, or covars.")
-    return quats, scales
-
-
-def _largest(quats: Float[Tensor, "n 4"] | None, scales: Float[Tensor, "n 3"] | None) -> Float[Tensor, " n"]:
-    return _shaped(quats, scales)[1].detach().abs().amax(-1)
+def _meets(means2d: Float[Tensor, "m 2"], radii: Int[Tensor, " m"], across: int, down: int) -> Bool[Tensor, " m"]:
+    """Which Gaussians reach into a window of this size."""
+    x, y = means2d.detach().unbind(-1)
+    return (x + radii > 0) & (x - radii < across) & (y + radii > 0) & (y - radii < down)
 
 
 def _rows(tensor: Tensor, ids: Int[Tensor, " m"]) -> Tensor:
