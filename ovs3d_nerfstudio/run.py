@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -158,8 +157,7 @@ class Run:
             key = tuple((prompt, getattr(prompt, "feature", None)) for prompt in asked), threshold
             if key not in self._questions:
                 if asked != segmenter.prompts:
-                    segmenter = deepcopy(self._trained)
-                    segmenter.ask(asked, self._embed(self._trained, asked))
+                    segmenter = self._trained.asking(asked, self._embed(self._trained, asked))
                 others, answering = None, Answering()
                 if threshold is not None:
                     others = self._embed(self._trained, parse_prompts(NEGATIVES))

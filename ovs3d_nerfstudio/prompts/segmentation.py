@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -131,6 +132,13 @@ class Segmenter(nn.Module):
         if self.wordless:
             self.halfway = halfway(self.sample @ self.project(self.text))
         self.colors = torch.from_numpy(colors_for(self.prompts, self.trained_prompts)).to(self.basis)
+
+    def asking(self, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> Segmenter:
+        """Another one that answers for other prompts, see `ask`; what is known of the scene is shared with it."""
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)  # of which `ask` replaces some
+        other.ask(prompts, text)
+        return other
 
     @property
     def ready(self) -> bool:

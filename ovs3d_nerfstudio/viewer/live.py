@@ -86,7 +86,7 @@ class LivePrompts:
             if self.question is not None:
                 negatives = self.question.negatives
                 if self.prompts is not None:
-                    asking = _asking(trained, self.prompts, self.question.segmenter.text)
+                    asking = trained.asking(self.prompts, self.question.segmenter.text)
             self.question = Question(asking, self.answering, negatives, self.shown.among(asking.prompts))
         self._seen = segmenter.colors  # last: nerfstudio may interrupt a render at any line
         return True
@@ -173,7 +173,7 @@ class LivePrompts:
             trained = self.trained
             if not trained.ready:
                 raise PromptError("The run has seen no features yet; ask again once training has begun.")
-            asking = trained if prompts is None else _asking(trained, prompts, self._embed(trained, prompts))
+            asking = trained if prompts is None else trained.asking(prompts, self._embed(trained, prompts))
             other = self._embed(trained, others) if answering.mode == "threshold" else None
             shows = (self.shown if shown is None else shown).among(asking.prompts)
             question = Question(asking, answering, other, shows)
@@ -182,13 +182,6 @@ class LivePrompts:
                     self.prompts, self.negatives, self.answering, self.question = prompts, others, answering, question
                     self.shown = shows
                     return self._embed.seconds - before
-
-
-def _asking(trained: Segmenter, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> Segmenter:
-    segmenter = copy.copy(trained)
-    segmenter._buffers = dict(trained._buffers)  # `ask` replaces some; what is known of the scene is shared
-    segmenter.ask(prompts, text)
-    return segmenter
 
 
 class LiveOutputs(MutableMapping[str, Tensor]):
