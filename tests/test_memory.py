@@ -338,10 +338,10 @@ class Tight:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return self._model.get_features_for_camera(camera, obb_box)
 
-    def features_along(self, origins, directions):
+    def features_along(self, origins, directions, box=None):
         if len(origins) > self.pixels:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self._model.features_along(origins, directions)
+        return self._model.features_along(origins, directions, box)
 
 
 def tight(seen, pixels: int) -> tuple[LiveModel, Tight, list]:  # noqa: F811

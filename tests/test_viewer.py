@@ -242,6 +242,20 @@ def test_a_click_finds_the_point_that_the_ray_hits(seen, live):
     assert point.winner == max(range(3), key=lambda i: point.chances[i])
 
 
+def test_a_click_into_a_cropped_view_hits_what_is_inside_the_box(seen, live):
+    camera = seen[1]
+    rays = camera.generate_rays(0, keep_shape=True)[10:11, 20:21].flatten()
+    click = rays.origins[0].tolist(), rays.directions[0].tolist()
+    whole = live[1].point(*click)
+    way = float((torch.tensor(whole.position) - rays.origins[0]).norm())
+    behind = OrientedBox(torch.eye(3), rays.origins[0] + (way + 0.6) * rays.directions[0], torch.full((3,), 0.2))
+    live[1].get_outputs_for_camera(camera, behind)
+    inside = torch.tensor(live[1].point(*click).position)
+    assert bool(behind.within(inside[None])) and not behind.within(torch.tensor(whole.position)[None])
+    live[1].get_outputs_for_camera(camera)
+    assert live[1].point(*click).position == whole.position
+
+
 def test_what_is_hidden_of_a_nerf_has_no_density_and_what_is_kept_of_views_knows(seen, live):
     trained, camera = seen
     prompts, model = live

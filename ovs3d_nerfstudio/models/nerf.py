@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
 from nerfstudio.model_components.scene_colliders import NearFarCollider
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
+from nerfstudio.utils.math import intersect_obb
 from torch import Tensor
 
 from ovs3d_nerfstudio.data.capture import NERFACTO_NEAR, THIN_DENSITY
@@ -172,13 +174,18 @@ class OVS3DModel(SemanticModel, NerfactoModel):
             losses.append(depth_loss(weights[told, :, 0], starts, ends, distances))
         return torch.stack(losses).sum()
 
-    def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
+    def features_along(
+        self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"], box: OrientedBox | None = None
+    ) -> dict:
         rays = RayBundle(
             origins=origins,
             directions=directions,
             pixel_area=torch.full_like(origins[:, :1], 1e-6),
             camera_indices=torch.zeros_like(origins[:, :1], dtype=torch.long),
         )
+        if box is not None:
+            rays.nears, rays.fars = (end[:, None] for end in intersect_obb(origins, directions, box))
+            cut_to_box(rays, self.config.near_plane or 0.0)
         with self.features_wanted():
             return self(rays)
 

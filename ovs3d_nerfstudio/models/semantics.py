@@ -212,9 +212,11 @@ class SemanticModel(Model):
         with self.features_wanted():
             return self.get_outputs_for_camera(camera, obb_box)
 
-    def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
-        """What rays (with unit directions) meet, in evaluation: `depth` (R×1, distance along the ray) and, once there are
-        features, `directions` and `scales` (see `shown`)."""
+    def features_along(
+        self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"], box: OrientedBox | None = None
+    ) -> dict:
+        """What rays (with unit directions) meet in evaluation, inside a box alone if one is given: `depth` (R×1, distance along
+        the ray) and, once there are features, `directions` and `scales` (see `shown`)."""
         raise NotImplementedError
 
     @contextmanager

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Int16
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.models.splatfacto import RGB2SH, SplatfactoModel, SplatfactoModelConfig, num_sh_bases
 from scipy.spatial import cKDTree
@@ -183,7 +184,10 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         return self._training_outputs(camera) if self.training else self._view_outputs(camera)
 
     @torch.no_grad()
-    def features_along(self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"]) -> dict:
+    def features_along(
+        self, origins: Float[Tensor, "R 3"], directions: Float[Tensor, "R 3"], box: OrientedBox | None = None
+    ) -> dict:
+        self.set_crop(box)
         views = [self._looking(*ray) for ray in zip(origins, directions, strict=True)]
         with self.features_wanted():
             outputs = [self._view_outputs(view) for view in views]

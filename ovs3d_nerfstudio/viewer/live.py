@@ -351,6 +351,7 @@ class LiveModel:
         tells it to let go of the last one, as memory is short."""
         self._model, self._live, self._lock, self._on_view = live.model, live, lock, on_view
         self._cache = FeatureCache()
+        self._box: OrientedBox | None = None  # that the last view was cut to
         self._too_many, self._until = 0, 0.0  # rays that did not fit, and until when smaller views are rendered instead
 
     def __getattr__(self, name: str) -> Any:
@@ -367,6 +368,7 @@ class LiveModel:
         Where memory is short it is rendered smaller, and enlarged; `note` says so.
         """
         self._live.follow_training()
+        self._box = obb_box
         size = int(camera.height.item()), int(camera.width.item())
         rendered = self._rendered(camera, obb_box, size)
         shown, note = rendered["rgb"].shape[:2], ""
@@ -416,7 +418,8 @@ class LiveModel:
 
     @torch.no_grad()
     def point(self, origin: Sequence[float], direction: Sequence[float]) -> Point | None:
-        """What a ray (in the coordinates of the viewer's scene) hits; None while there are no features.
+        """What a ray (in the coordinates of the viewer's scene) hits of what the last view shows; None while there are no
+        features.
 
         Raises MemoryShortage where not even that fits.
         """
@@ -427,7 +430,7 @@ class LiveModel:
             training = model.training
             try:
                 model.eval()
-                outputs = model.features_along(start.to(model.device), along.to(model.device))
+                outputs = model.features_along(start.to(model.device), along.to(model.device), self._box)
             finally:
                 model.train(training)
         if question is None or "directions" not in outputs:
