@@ -188,7 +188,7 @@ _HASTY = {
 
 _lite = _nerf(
     "ovs3d-lite",
-    1500,
+    2000,
     1024,
     {"num_windows": 1, "window_size": 16, "rays_a_token": 2, "depth_rays": 256, "depth_steps": 500},
     OVS3DModelConfig(
@@ -212,7 +212,8 @@ _lite = _nerf(
         semantic_samples=6,
         semantics_start=300,
         fda_start=400,
-        **_SMALL_FIELD,
+        # The contraction leaves half of a grid's side to where the cameras are.
+        **(_SMALL_FIELD | {"semantic_max_res": 1024}),
     ),
     **_OFFLINE,
 )
