@@ -155,7 +155,8 @@ def advice(device: str, downloads: bool, offline: bool) -> Finding:
         )  # fmt: skip
     if device == "cuda" and free_memory(device) >= GPU_NEEDS and downloads:
         return Finding(
-            "good", about, "Take ovs3d-splat (10 000 steps, renders in real time) or ovs3d (30 000 steps): 4 GB of the GPU's memory are enough."
+            "good", about, "Take ovs3d-splat (10 000 steps, renders in real time) or ovs3d (30 000 steps): "
+            f"{GPU_NEEDS // GB} GB of the GPU's memory are enough."
         )  # fmt: skip
     minutes = 3 * max(1.0, 2 / cores)
     what = (
