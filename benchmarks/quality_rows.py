@@ -61,6 +61,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "model.fda_divergence": "kl",
     },
     "truth": {
+        "model.class_scores": "cosine",  # the ranges are those of features that it is not taught
         "model.feature_loss_mult": 1.0,
         "model.patch_loss_mult": 0.0,
         "model.rda_loss_mult": 0.0,
@@ -222,9 +223,11 @@ def _shorten(config: TrainerConfig, steps: int) -> None:
     model = config.pipeline.model
     model.semantics_start, model.fda_start = round(model.semantics_start * share), round(model.fda_start * share)
     config.max_num_iterations = steps
-    for group in config.optimizers.values():
-        if group["scheduler"] is not None:
-            group["scheduler"].max_steps = steps
+    for schedule in (group["scheduler"] for group in config.optimizers.values()):
+        if schedule is not None:
+            schedule.warmup_steps = round(schedule.warmup_steps * share)
+            if schedule.max_steps is not None:  # else it is as long as the run
+                schedule.max_steps = max(1, round(schedule.max_steps * share))
 
 
 def train(job: Job, row: str, changes: dict[str, Any]) -> tuple[OVS3DPipeline, dict[str, float | None]]:

@@ -22,6 +22,7 @@ from ovs3d_nerfstudio.data import rays
 from ovs3d_nerfstudio.data.images import OVS3DImagesConfig
 from ovs3d_nerfstudio.data.rays import OVS3DDataManagerConfig
 from ovs3d_nerfstudio.engine import trainer
+from ovs3d_nerfstudio.engine.cooling import CoolingSchedulerConfig
 from ovs3d_nerfstudio.engine.trainer import OVS3DTrainerConfig
 from ovs3d_nerfstudio.models import nerf
 from ovs3d_nerfstudio.models.nerf import OVS3DModelConfig
@@ -37,11 +38,11 @@ class FusedAdamOptimizerConfig(AdamOptimizerConfig):
     """Whether to use torch's fused implementation."""
 
 
-def _optimizers(steps: int, first: int = 0) -> dict:
-    """Adam, decayed to a tenth over `steps` from step `first` on (3D-OVS): 0.01–0.02 for grids, less for networks."""
+def _optimizers(first: int = 0, **schedule: Any) -> dict:
+    """Adam, decayed to a tenth from step `first` to the run's last (3D-OVS): 0.01–0.02 for grids, less for networks."""
 
     def group(lr: float) -> dict:
-        decay = ExponentialDecaySchedulerConfig(lr_final=lr / 10, max_steps=first + steps, warmup_steps=first)
+        decay = CoolingSchedulerConfig(lr_final=lr / 10, warmup_steps=first, **schedule)
         return {"optimizer": FusedAdamOptimizerConfig(lr=lr, eps=1e-15), "scheduler": decay}
 
     return {
@@ -89,7 +90,7 @@ def _nerf(
         eval_num_rays_per_batch=rays_a_step,
         **windows,  # type: ignore[arg-type]
     )
-    trainer = _trainer(name, steps, datamanager, model, _optimizers(steps), **pipeline)
+    trainer = _trainer(name, steps, datamanager, model, _optimizers(), **pipeline)
     trainer.mixed_precision = True
     return trainer
 
@@ -110,7 +111,7 @@ def _splat(
         **windows,  # type: ignore[arg-type]
     )
     model.semantics_start, model.fda_start = geometry, geometry + semantics // 12
-    optimizers = _splat_optimizers(geometry, semantics, rates)
+    optimizers = _splat_optimizers(geometry, rates)
     return _trainer(name, geometry + semantics, datamanager, model, optimizers, **pipeline)
 
 
@@ -146,6 +147,7 @@ _paper = _nerf(
     {},
     OVS3DModelConfig(eval_num_rays_per_chunk=1 << 15),
 )
+_paper.optimizers = _optimizers(cooling=0.0)
 
 _best = _nerf(
     "ovs3d",
@@ -156,14 +158,14 @@ _best = _nerf(
 )
 
 
-def _splat_optimizers(geometry: int, semantics: int, rates: dict[str, float]) -> dict:
-    """`rates` for Gaussians, which move for `geometry` steps; ours for the `semantics` steps behind them."""
+def _splat_optimizers(geometry: int, rates: dict[str, float]) -> dict:
+    """`rates` for Gaussians, which move for `geometry` steps; ours for the steps of semantics behind them."""
     groups: dict[str, Any] = {
         name: {"optimizer": FusedAdamOptimizerConfig(lr=rate, eps=1e-15), "scheduler": None}
         for name, rate in rates.items()
     }
     groups["means"]["scheduler"] = ExponentialDecaySchedulerConfig(lr_final=rates["means"] / 100, max_steps=geometry)
-    ours = _optimizers(semantics, geometry)
+    ours = _optimizers(geometry)
     return groups | {name: ours[name] for name in ("camera_opt", "semantic_grid", "semantic_head", "patch_mixture")}
 
 
@@ -249,7 +251,7 @@ def semantics_alone(config: OVS3DTrainerConfig, steps: int) -> None:
     model: Any = config.pipeline.model
     model.semantics_start, model.fda_start = 0, steps // 12
     config.max_num_iterations = steps
-    config.optimizers |= {name: group for name, group in _optimizers(steps).items() if name in config.optimizers}
+    config.optimizers |= {name: group for name, group in _optimizers().items() if name in config.optimizers}
 
 
 ovs3d = MethodSpecification(

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from nerfstudio.configs.base_config import MachineConfig
+from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils import comms, writer
 from nerfstudio.utils.misc import step_check
@@ -33,6 +34,7 @@ from ovs3d_nerfstudio.encoders.base import EncoderError, image_text_encoder, tok
 from ovs3d_nerfstudio.engine import ranks
 from ovs3d_nerfstudio.engine.anomaly import check_weights
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints
+from ovs3d_nerfstudio.engine.cooling import check_schedules, over_steps
 from ovs3d_nerfstudio.engine.endings import ending
 from ovs3d_nerfstudio.engine.saving import SavingTrainer, random_state, set_random_state
 from ovs3d_nerfstudio.engine.threads import busy_hint, let_sleep
@@ -124,6 +126,7 @@ class OVS3DTrainer(SavingTrainer):
         if hint:
             CONSOLE.print(hint, style="yellow")
         with user_errors():
+            check_schedules(self.config.optimizers)
             if self.config.mixed_precision and not getattr(self.config.pipeline.model, "MIXED_PRECISION", True):
                 raise CommandError(
                     f"--mixed-precision True is not possible: {self.config.method_name} trains in single precision, as the "
@@ -136,6 +139,11 @@ class OVS3DTrainer(SavingTrainer):
         for shown in writer.EVENT_WRITERS:
             if isinstance(shown, writer.LocalWriter) and shown.config.max_log_size:
                 shown.stats_to_track.append(MIOU)
+
+    def setup_optimizers(self) -> Optimizers:
+        """As nerfstudio's, with rates that fall over the steps of this run."""
+        groups = over_steps(self.config.optimizers, self.config.max_num_iterations)
+        return Optimizers(groups, self.pipeline.get_param_groups())
 
     def train(self) -> None:
         """As nerfstudio's; features are made before the clock of the first step runs."""
