@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +66,20 @@ def view_names(photos: Iterable[Path]) -> dict[Path, str]:
     return names
 
 
-def picture_header(path: Path) -> Header:
-    """The header alone, no pixel is read. Raises PictureError when the file is no picture."""
+@contextmanager
+def opened_picture(path: Path) -> Iterator[Image.Image]:
+    """A picture's file, of which the block reads what it needs. Raises PictureError when that cannot be read."""
     try:
         with Image.open(path) as picture:
-            return Header(*picture.size, picture.mode, _transparent(picture), _remark(picture))
+            yield picture
     except Exception as error:  # decoders let out whatever a broken file provokes
         raise _unreadable(path, error) from error
+
+
+def picture_header(path: Path) -> Header:
+    """The header alone, no pixel is read. Raises PictureError when the file is no picture."""
+    with opened_picture(path) as picture:
+        return Header(*picture.size, picture.mode, _transparent(picture), _remark(picture))
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -80,21 +88,20 @@ def picture_size(path: Path) -> tuple[int, int]:
     return header.width, header.height
 
 
-def open_picture(path: Path, alpha: bool = False) -> Image.Image:
+def open_picture(path: Path, alpha: bool = False, side: int | None = None) -> Image.Image:
     """A picture of any kind in 8 bits: RGB, or RGBA where it may be transparent or where `alpha` asks for it.
 
-    Of 16 bits the upper eight are kept, of several frames the first. Raises PictureError when the file is no picture, or
-    has pixels that no photo has.
+    Of 16 bits the upper eight are kept, of several frames the first. A JPEG with sides longer than `side` may be decoded
+    smaller, which is faster. Raises PictureError when the file is no picture, or has pixels that no photo has.
     """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            if picture.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, not of 8 or 16 bits")
-            mode = "RGBA" if alpha or _transparent(picture) else "RGB"
-            return (_eight_bits(picture) if picture.mode.startswith("I") else picture).convert(mode)
-    except Exception as error:  # decoders let out whatever a broken file provokes
-        raise _unreadable(path, error) from error
+    with opened_picture(path) as picture:
+        if side is not None:
+            picture.draft(None, (side, side))
+        picture.load()
+        if picture.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, not of 8 or 16 bits")
+        mode = "RGBA" if alpha or _transparent(picture) else "RGB"
+        return (_eight_bits(picture) if picture.mode.startswith("I") else picture).convert(mode)
 
 
 def read_picture(path: Path) -> UInt8[Tensor, "H W 3"]:
@@ -110,15 +117,12 @@ def read_picture(path: Path) -> UInt8[Tensor, "H W 3"]:
 
 def read_mask(path: Path, scale_factor: float = 1.0) -> Bool[Tensor, "H W 1"]:
     """Which pixels of a photo count: those whose number in the mask is not 0. Raises PictureError when the file is no picture."""
-    try:
-        with Image.open(path) as picture:
-            mask: Image.Image = picture
-            if scale_factor != 1.0:
-                width, height = (int(side * scale_factor) for side in picture.size)
-                mask = picture.resize((width, height), Image.Resampling.NEAREST)
-            return torch.from_numpy(np.asarray(mask) != 0)[..., None]
-    except Exception as error:  # decoders let out whatever a broken file provokes
-        raise _unreadable(path, error) from error
+    with opened_picture(path) as picture:
+        mask = picture
+        if scale_factor != 1.0:
+            width, height = (int(side * scale_factor) for side in picture.size)
+            mask = picture.resize((width, height), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.asarray(mask) != 0)[..., None]
 
 
 def _transparent(picture: Image.Image) -> bool:
@@ -142,9 +146,20 @@ def _remark(picture: Image.Image) -> str:
     return ""
 
 
+def missing_picture(path: Path) -> PictureError:
+    """What to say of a picture that is not there; it may be named without its suffix, or with that of another."""
+    for suffix in (*SUFFIXES, *map(str.upper, SUFFIXES)):
+        for other in (path.with_name(path.name + suffix), path.with_suffix(suffix)):
+            if other.is_file():
+                return PictureError(
+                    f"The picture {path} does not exist, but {other.name} does; name that in the data, with its suffix."
+                )
+    return PictureError(f"The picture {path} does not exist; put it there or take it out of the data.")
+
+
 def _unreadable(path: Path, error: Exception) -> PictureError:
     if isinstance(error, FileNotFoundError):
-        return PictureError(f"The picture {path} does not exist; put it there or take it out of the data.")
+        return missing_picture(path)
     said = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         said = "it is empty" if path.stat().st_size == 0 else "of no known kind"

@@ -222,7 +222,12 @@ SPLITS = {
 
 PICTURES = {
     "gone": (lambda scene: (scene / "images" / "03.png").unlink(), "03.png does not exist"),
-    "the first gone": (lambda scene: (scene / "images" / "00.png").unlink(), "00.png"),
+    "the first gone": (lambda scene: (scene / "images" / "00.png").unlink(), ["00.png does not exist", "put it there"]),
+    "the first without a suffix": (frame(0, file_path="images/00"), "images/00 does not exist, but 00.png does"),
+    "of another suffix": (
+        lambda scene: (scene / "images" / "03.png").rename(scene / "images" / "03.JPG"),
+        ["03.png does not exist, but 03.JPG does", "with its suffix"],
+    ),
     "all gone": (lambda scene: shutil.rmtree(scene / "images"), "images"),
     "of zero bytes": (picture(b""), "03.png cannot be read as a picture (it is empty)"),
     "the first of zero bytes": (picture(b"", "00.png"), "00.png"),

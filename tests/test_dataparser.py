@@ -97,6 +97,15 @@ def test_smaller_copies_are_made_once_beside_the_photos(llff):
     )
 
 
+def test_a_photo_of_which_no_smaller_copy_can_be_made_is_named(llff, capsys):
+    photo = llff / "images" / "train_03.png"
+    photo.write_bytes(photo.read_bytes()[:1500])
+    with pytest.raises(SystemExit):
+        outputs(llff, downscale_factor=2)
+    assert "train_03.png cannot be read as a picture" in " ".join(capsys.readouterr().out.split())
+    assert not list((llff / "images_2").glob("*train_03*"))
+
+
 def test_large_photos_are_halved_by_themselves(llff):
     for path in (llff / "images").iterdir():
         Image.open(path).resize((1700, 1275)).save(path)

@@ -31,7 +31,7 @@ from ovs3d_nerfstudio.data.scene_checks import flat
 from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, check_fields
 from ovs3d_nerfstudio.errors import CommandError, user_errors
 from ovs3d_nerfstudio.files import written_beside
-from ovs3d_nerfstudio.pictures import SUFFIXES, list_pictures, picture_size, view_names
+from ovs3d_nerfstudio.pictures import SUFFIXES, list_pictures, opened_picture, picture_size, view_names
 from ovs3d_nerfstudio.prompts.prompts import find_classes_file
 
 HOLD_EVERY = 8
@@ -199,11 +199,12 @@ def downscaled(photos: list[Path], factor: int | None) -> list[Path]:
     if missing:
         CONSOLE.log(escape(f"Making {len(missing)} photos of 1/{factor} the size in {folder}."))
     for photo in missing:
-        width, height = picture_size(photo)
-        with Image.open(photo) as picture, written_beside(folder / photo.name) as beside:
+        with opened_picture(photo) as picture:
             # As nerfstudio's own copies: not turned by the photo's tag, for its cameras are not.
-            small = picture.resize((max(1, width // factor), max(1, height // factor)), Image.Resampling.LANCZOS)
-            small.save(beside, format=picture.format, quality=95)
+            width, height = (max(1, side // factor) for side in picture.size)
+            small, kind = picture.resize((width, height), Image.Resampling.LANCZOS), picture.format
+        with written_beside(folder / photo.name) as beside:
+            small.save(beside, format=kind, quality=95)
     return [folder / photo.name for photo in photos]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ovs3d_nerfstudio.data.camera_models import MIXED, EachFramesModel, kind_of, model_of
 from ovs3d_nerfstudio.data.capture import Capture, capture_of
 from ovs3d_nerfstudio.errors import UserError
-from ovs3d_nerfstudio.pictures import BLURRING, Header, PictureError, picture_header
+from ovs3d_nerfstudio.pictures import BLURRING, Header, missing_picture, picture_header
 
 ONE_PLACE = 1e-6
 """Cameras that lie within this share of their coordinates are at one place."""
@@ -73,11 +73,19 @@ def readable_scene(parser: DataParserConfig, data: Path) -> Iterator[None]:
     try:
         with mock.patch.object(Confirm, "ask", refuse), mock.patch.object(CONSOLE, "log", shorter):
             yield
-    except (SceneError, PictureError):
+    except UserError:
         raise
-    except (AssertionError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, OSError) as error:
-        if not _of_a_parser(error) or (isinstance(error, OSError) and error.filename is not None):
+    except Exception as error:  # a parser lets out whatever its data provoke
+        if not _of_a_parser(error):
             raise
+        if isinstance(error, OSError) and error.filename is not None:
+            file = Path(os.fsdecode(error.filename))
+            if isinstance(parser, NerfstudioDataParserConfig) and isinstance(error, FileNotFoundError):
+                raise missing_picture(file) from error  # the first, whose size it asks for
+            raise SceneError(
+                f"{file} cannot be read or written ({error.strerror or error}); check the path and its permissions, or name "
+                "another dataparser at the end of the command."
+            ) from error
         said = " ".join(str(error).split()) or type(error).__name__
         raise SceneError(f"{type(parser).__name__} cannot read {data} ({said}); {_PARSERS}.") from error
 
