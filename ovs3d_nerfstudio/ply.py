@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
-from plyfile import PlyData, PlyElement, PlyParseError
+from plyfile import PlyData, PlyElement
 
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.files import written_beside
@@ -60,12 +61,17 @@ def read_vertices(path: Path) -> np.ndarray:
         raise CommandError(f"{path} does not exist; name a PLY that ns-export wrote.")
     try:
         return PlyData.read(str(path))["vertex"].data
-    except (PlyParseError, KeyError, ValueError) as error:
+    except Exception as error:  # the reader lets out whatever a broken file provokes
         raise CommandError(f"{path} cannot be read as a PLY with vertices ({error}); export it again.") from None
+
+
+def has_numbers(table: np.ndarray, names: Iterable[str]) -> bool:
+    """Whether a table has columns of these names, and each of them numbers rather than lists."""
+    return all(name in (table.dtype.names or ()) and table.dtype[name].kind in "iuf" for name in names)
 
 
 def positions_of(table: np.ndarray, path: Path) -> Float[np.ndarray, "N 3"]:
     """x, y, z of a table. Raises CommandError when `path`, whence it was read, has none."""
-    if not {"x", "y", "z"} <= set(table.dtype.names or ()):
+    if not has_numbers(table, "xyz"):
         raise CommandError(f"The vertices of {path} have no x, y and z; export it again.")
     return np.stack([table[name] for name in "xyz"], -1).astype(np.float64)

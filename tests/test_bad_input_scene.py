@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_input import HEIGHT, VIEWS, WIDTH, opened, refused, small_config
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
 
 from ovs3d_nerfstudio.data.dataparser import OVS3DDataParserConfig
+from ovs3d_nerfstudio.data.images import OVS3DImagesConfig
 
 NAN = float("nan")
 
@@ -255,6 +257,33 @@ PICTURES = {
     "a mask of colours": (masked(Image.new("RGB", (WIDTH, HEIGHT))), ["masks/03.png has colours (RGB)", "grey"]),
 }
 
+PLY = "ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\nend_header\n"
+
+
+def points(content: str | None):
+    """transforms.json with sparse points, whose file has this content (None: is not there)."""
+
+    def spoil(scene: Path) -> None:
+        meta(ply_file_path="sparse_pc.ply")(scene)
+        if content is not None:
+            (scene / "sparse_pc.ply").write_text(content)
+
+    return spoil
+
+
+POINTS = {
+    "not there": (points(None), ["sparse_pc.ply, is not there", "or take ply_file_path out of transforms.json"]),
+    "of zero bytes": (points(""), ["sparse_pc.ply cannot be read as a PLY", "write that ply_file_path"]),
+    "cut off": (points(PLY + "0 0 0\n1"), "sparse_pc.ply cannot be read as a PLY"),
+    "more than fit": (points(PLY.replace("vertex 2", "vertex 9999999999999")), "sparse_pc.ply cannot be read as a PLY"),
+    "without a place": (points(PLY.replace(" z", " w") + "0 0 0\n1 1 1\n"), "sparse_pc.ply have no x, y and z"),
+    "with lists for places": (
+        points(PLY.replace("float x", "list uchar int x") + "1 0 0 0\n1 1 1 1\n"),
+        "no x, y and z",
+    ),
+    "with NaN": (points(PLY + "0 0 0\nnan 1 1\n"), "2 points that come with the data are not of three finite numbers"),
+}
+
 GRASS = "06/grass.png"
 ANNOTATIONS = {
     "no class": (annotation("classes.txt", "\n# none\n"), "There is no prompt"),
@@ -280,6 +309,14 @@ def ids(*tables):
 def test_training_is_refused(small, tmp_path, capsys, spoil, said):
     spoil(small)
     refused(capsys, tmp_path, lambda: opened(small_config(small)), said)
+
+
+@pytest.mark.parametrize("spoil, said", ids(POINTS))
+def test_sparse_points_are_refused_where_gaussians_would_begin_at_them(small, tmp_path, capsys, spoil, said):
+    spoil(small)
+    config = OVS3DImagesConfig(data=small, dataparser=NerfstudioDataParserConfig(), scales=(2.0, 3.0))
+    refused(capsys, tmp_path, lambda: config.setup(device="cpu", test_mode="val"), said)
+    config.setup(device="cpu", test_mode="test")
 
 
 @pytest.mark.parametrize("spoil, said", ids(TRANSFORMS))

@@ -1,4 +1,4 @@
-"""The camera model of each frame: nerfstudio's parser takes that of the top of transforms.json for all."""
+"""The camera model of each frame, where nerfstudio's parser takes that of the top of transforms.json for all; and sparse points."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import torch
 from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import Nerfstudio
+from torch import Tensor
+
+from ovs3d_nerfstudio.data.sparse_points import read_points
 
 MIXED = {CameraType.PERSPECTIVE, CameraType.FISHEYE}
 """Cameras that one scene may have beside each other."""
 
 
 class EachFramesModel(Nerfstudio):
-    """nerfstudio's parser of transforms.json, and the camera models that frames have of their own."""
+    """nerfstudio's parser of transforms.json, and the camera models that frames have of their own; sparse points that are named
+    and cannot be read end it with a sentence."""
 
     def _generate_dataparser_outputs(self, split: str = "train") -> DataparserOutputs:
         parsed = super()._generate_dataparser_outputs(split)
@@ -30,6 +34,11 @@ class EachFramesModel(Nerfstudio):
         own = torch.tensor([[kinds[photo].value] for photo in parsed.image_filenames])
         parsed.cameras.camera_type = own.to(parsed.cameras.camera_type)
         return parsed
+
+    def _load_3D_points(self, ply_file_path: Path, transform_matrix: Tensor, scale_factor: float) -> dict[str, Tensor]:
+        positions, colors = read_points(ply_file_path)
+        points = torch.from_numpy(positions).float() @ transform_matrix[:, :3].T + transform_matrix[:, 3]
+        return {"points3D_xyz": points * scale_factor, "points3D_rgb": torch.from_numpy(colors)}
 
 
 def model_of(meta: Mapping[str, Any], frame: Mapping[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from ovs3d_nerfstudio.data.checked import CheckedData
 from ovs3d_nerfstudio.data.dataset import OVS3DDataset
 from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.data.seeds import seed_points
+from ovs3d_nerfstudio.data.sparse_points import names_points
 from ovs3d_nerfstudio.data.teaching import Teaching, TeachingConfig
 from ovs3d_nerfstudio.engine.option_checks import SIZE, Range
 from ovs3d_nerfstudio.features.teachers import Windows
@@ -50,12 +50,13 @@ class OVS3DImages(CheckedData, Teaching, FullImageDatamanager[OVS3DDataset]):
 
     config: OVS3DImagesConfig
 
-    def __init__(self, config: OVS3DImagesConfig, *args: Any, **kwargs: Any):
+    def __init__(self, config: OVS3DImagesConfig, *args: Any, test_mode: str = "val", **kwargs: Any):
         parser = config.dataparser
         if isinstance(parser, NerfstudioDataParserConfig):
             # Where there are none, nerfstudio says that it begins at random, or asks on the terminal.
-            parser.load_3D_points = _names_points(Path(config.data or parser.data))
-        super().__init__(config, *args, **kwargs)
+            wanted = test_mode == "val" and config.find_seeds
+            parser.load_3D_points = wanted and names_points(Path(config.data or parser.data))
+        super().__init__(config, *args, test_mode=test_mode, **kwargs)
 
     def create_train_dataset(self) -> OVS3DDataset:
         dataset = super().create_train_dataset()
@@ -157,12 +158,3 @@ def _place_points(parser: Any, metadata: dict[str, Any]) -> None:
     """Has the sparse points lie among the cameras: nerfstudio scales them by a transforms.json's `applied_scale`, those not."""
     if isinstance(parser, NerfstudioDataParserConfig) and metadata.get("points3D_xyz") is not None:
         metadata["points3D_xyz"] = metadata["points3D_xyz"] / Frame.applied_to(parser.data).scale
-
-
-def _names_points(data: Path) -> bool:
-    """Whether a transforms.json names sparse points; what is wrong with it is said when it is parsed."""
-    try:
-        meta = json.loads((data if data.suffix == ".json" else data / "transforms.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(meta, dict) and bool(meta.get("ply_file_path"))

@@ -88,7 +88,7 @@ def seed_points(
     """
     given = dataparser_outputs.metadata.get("points3D_xyz")
     if given is not None and len(given):
-        return _of_data(given, dataparser_outputs.metadata.get("points3D_rgb"))
+        return points_of_data(given, dataparser_outputs.metadata.get("points3D_rgb"))
     return found_points(image_filenames, dataparser_outputs.mask_filenames, cameras, cache_dir, console)
 
 
@@ -131,7 +131,8 @@ def unfit(cameras: Cameras) -> set[CameraType]:
     }
 
 
-def _of_data(positions: torch.Tensor, colors: torch.Tensor | None) -> Seeds:
+def points_of_data(positions: torch.Tensor, colors: torch.Tensor | None) -> Seeds:
+    """The points that come with the data. Raises SeedsError for what are no points."""
     positions = positions.detach().cpu().float()
     if positions.ndim != 2 or positions.shape[1] != 3 or not positions.isfinite().all():
         raise SeedsError(
