@@ -14,6 +14,7 @@ from PIL import Image
 
 from ovs3d_nerfstudio.data.dataparser import OVS3DDataParserConfig
 from ovs3d_nerfstudio.data.images import OVS3DImagesConfig
+from ovs3d_nerfstudio.doctor.scene import scene_findings
 
 NAN = float("nan")
 
@@ -309,6 +310,14 @@ def ids(*tables):
 def test_training_is_refused(small, tmp_path, capsys, spoil, said):
     spoil(small)
     refused(capsys, tmp_path, lambda: opened(small_config(small)), said)
+    found_by_the_doctor(NerfstudioDataParserConfig(data=small), said)
+
+
+def found_by_the_doctor(parser, said) -> None:
+    """Asserts that the doctor says the same, and that it will not work."""
+    errors = [finding for finding in scene_findings(parser, parser.data) if finding.level == "error"]
+    printed = " ".join(f"{error.what} {error.remedy}" for error in errors).lower()
+    assert errors and all(part.lower() in printed for part in ([said] if isinstance(said, str) else said)), printed
 
 
 @pytest.mark.parametrize("spoil, said", ids(POINTS))
@@ -316,6 +325,7 @@ def test_sparse_points_are_refused_where_gaussians_would_begin_at_them(small, tm
     spoil(small)
     config = OVS3DImagesConfig(data=small, dataparser=NerfstudioDataParserConfig(), scales=(2.0, 3.0))
     refused(capsys, tmp_path, lambda: config.setup(device="cpu", test_mode="val"), said)
+    found_by_the_doctor(NerfstudioDataParserConfig(data=small), said)
     config.setup(device="cpu", test_mode="test")
 
 
@@ -406,6 +416,7 @@ def test_an_llff_scene_is_refused(small, tmp_path, capsys, spoil, said):
     config = small_config(small)
     config.pipeline.datamanager.dataparser = OVS3DDataParserConfig()
     refused(capsys, tmp_path, lambda: opened(config), said)
+    found_by_the_doctor(OVS3DDataParserConfig(data=small), said)
 
 
 @pytest.mark.parametrize("options, said", ids(PARSER_OPTIONS))

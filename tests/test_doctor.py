@@ -74,6 +74,42 @@ def test_photos_without_a_pose_are_counted(healthy):
     assert "11 of the 16 pictures" in found(healthy)["poses"].what
 
 
+def test_photos_that_cannot_be_read_hide_nothing_else(healthy):
+    photos = sorted((healthy / "images").glob("train*"))
+    photos[2].write_bytes(photos[2].read_bytes()[:1500])
+    said = found(healthy)
+    assert set(said) == {"photos", "points", "files"} and said["files"].level == "error"
+    assert photos[2].name in said["files"].what and said["files"].remedy
+    for photo in photos[1:]:  # of the first, nerfstudio's parser asks the size
+        photo.write_bytes(b"x")
+    said = found(healthy)
+    assert set(said) == {"photos", "points", "files"} and f"{photos[1].name} cannot" in said["files"].what
+    assert said["files"].what.endswith("Nor can 6 more be read.")
+
+
+def test_annotated_photos_in_folders_of_one_scene_are_counted(healthy):
+    def nest(meta):
+        names = {}
+        for i, frame in enumerate(meta["frames"]):
+            old = frame["file_path"]
+            names[old] = frame["file_path"] = f"images/{'ab'[i % 2]}/{Path(old).name}"
+            (healthy / names[old]).parent.mkdir(exist_ok=True)
+            (healthy / old).rename(healthy / names[old])
+        for split in ("train", "val", "test"):
+            meta[f"{split}_filenames"] = [names[name] for name in meta[f"{split}_filenames"]]
+
+    def counted() -> str:
+        return next(
+            finding.what
+            for finding in scene_findings(NerfstudioDataParserConfig(data=healthy), healthy)
+            if finding.about == "classes"
+        )
+
+    before = counted()
+    rewrite(healthy, nest)
+    assert counted() == before and " 0 held-out" not in before
+
+
 def test_a_scene_that_cannot_be_read_is_an_error_with_its_remedy(healthy):
     rewrite(healthy, lambda meta: meta.update(fl_x=-1))
     assert found(healthy)["scene"].level == "error" and found(healthy)["scene"].remedy

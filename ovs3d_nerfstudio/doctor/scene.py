@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 import torch
 from jaxtyping import Float, UInt8
-from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig, DataparserOutputs
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
 
 from ovs3d_nerfstudio.data.capture import LOOKING_THERE, capture_of, nearest_to_axes
-from ovs3d_nerfstudio.data.scene_checks import check_cameras, readable_scene
+from ovs3d_nerfstudio.data.scene_checks import check_cameras, check_files, check_pictures, readable_scene
+from ovs3d_nerfstudio.data.seeds import points_of_data
+from ovs3d_nerfstudio.data.sparse_points import names_points
 from ovs3d_nerfstudio.doctor.findings import Finding, good_or, refused
-from ovs3d_nerfstudio.errors import UserError
+from ovs3d_nerfstudio.errors import UserError, errors_raised
 from ovs3d_nerfstudio.evaluation.evaluation import Evaluator
-from ovs3d_nerfstudio.pictures import evenly, list_pictures, picture_header
+from ovs3d_nerfstudio.pictures import (
+    Header,
+    PictureError,
+    evenly,
+    list_pictures,
+    open_picture,
+    picture_header,
+    view_names,
+)
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
+
+T = TypeVar("T")
 
 FEW, PLENTY = 20, 30
 """Photos below which pictures fill with floaters, and from which on they seldom do."""
@@ -42,28 +56,68 @@ LOOKED_AT = 100
 
 def scene_findings(parser: DataParserConfig, data: Path) -> list[Finding]:
     """Looks at a scene as `parser` reads it."""
-    if hasattr(parser, "load_3D_points"):
-        parser.load_3D_points = True
     try:
-        with readable_scene(parser, data):
-            reader = parser.setup()
-            parsed = reader.get_dataparser_outputs("train")
-            held_out = reader.get_dataparser_outputs("test").image_filenames
+        parsed, held_out, validated = read(parser, data, "train", "test", "val")
         check_cameras(parsed.cameras, str(data))
-        headers = {path: picture_header(path) for path in parsed.image_filenames}
     except UserError as error:
         return [refused("scene", error)]
     photos, poses = parsed.image_filenames, parsed.cameras.camera_to_worlds.double()
-    findings = [
-        *cameras(photos, held_out, poses),
+    headers, unusable = files(parsed, held_out, validated)
+    chosen = [photos[i] for i in evenly(len(photos), LOOKED_AT)]
+    others = [*held_out.image_filenames, *(parsed.mask_filenames or ()), *(held_out.mask_filenames or ())]
+    chosen += [others[i] for i in evenly(len(others), LOOKED_AT)]
+    grey, undecodable = readable(thumbnail, [path for path in chosen if path in headers])
+    return [
+        *cameras(photos, held_out.image_filenames, poses),
         *overlap(parsed.cameras, photos),
-        *sizes(headers),
-        *pixels(photos, poses[:, :3, 3].numpy()),
-        points(parsed),
+        *unusable,
+        *undecodable,
+        *sizes([headers[path] for path in photos if path in headers]),
+        *pixels({path: grey[path] for path in photos if path in grey}, dict(zip(photos, poses[:, :3, 3].numpy(), strict=True))),
+        points(parser, data, parsed),
         *masks(data, parsed, held_out),
         prompts(data),
-    ]
-    return findings
+    ]  # fmt: skip
+
+
+def read(parser: DataParserConfig, data: Path, *splits: str) -> list[DataparserOutputs]:
+    """Splits of a scene. Raises UserError when it cannot be read."""
+    with errors_raised(), readable_scene(parser, data):
+        reader = parser.setup()
+        return [reader.get_dataparser_outputs(split) for split in splits]
+
+
+def files(*parts: DataparserOutputs) -> tuple[dict[Path, Header], list[Finding]]:
+    """The headers of those photos and masks that have one, and what training would refuse of any."""
+    paths = [path for part in parts for path in part.image_filenames]
+    headers, found = readable(picture_header, [*paths, *(mask for part in parts for mask in part.mask_filenames or ())])
+    try:
+        check_files(paths, torch.cat([part.cameras.camera_to_worlds for part in parts]))
+        view_names(paths)
+        for part in parts:
+            check_pictures(part.image_filenames, headers, part.cameras, None if found else part.mask_filenames)
+    except UserError as error:
+        found.append(refused("files", error))
+    return headers, found
+
+
+def readable(read: Callable[[Path], T], paths: Iterable[Path]) -> tuple[dict[Path, T], list[Finding]]:
+    """What `read` makes of each picture; and that there are some of which it makes nothing, the first by name."""
+
+    def attempted(path: Path) -> T | PictureError:
+        try:
+            return read(path)
+        except PictureError as error:
+            return error
+
+    paths = [*dict.fromkeys(paths)]
+    with ThreadPoolExecutor(4) as readers:
+        results = dict(zip(paths, readers.map(attempted, paths), strict=True))
+    errors = [error for error in results.values() if isinstance(error, PictureError)]
+    found = [refused("files", error) for error in errors[:1]]
+    if len(errors) > 1:
+        found = [replace(found[0], what=f"{found[0].what} Nor can {len(errors) - 1} more be read.")]
+    return {path: made for path, made in results.items() if not isinstance(made, PictureError)}, found
 
 
 def cameras(photos: Sequence[Path], held_out: Sequence[Path], poses: Float[torch.Tensor, "N 3 4"]) -> list[Finding]:
@@ -141,11 +195,13 @@ def shared(cameras: Any) -> Float[np.ndarray, " N"]:
     return torch.stack(best).numpy()
 
 
-def sizes(headers: dict[Path, Any]) -> list[Finding]:
+def sizes(headers: Sequence[Header]) -> list[Finding]:
     """How large photos are, and what they take in memory."""
-    wide = {(header.width, header.height) for header in headers.values()}
+    if not headers:
+        return []
+    wide = {(header.width, header.height) for header in headers}
     side = max(max(size) for size in wide)
-    memory = sum(3 * header.width * header.height for header in headers.values())
+    memory = sum(3 * header.width * header.height for header in headers)
     what = (
         f"{side} pixels along the longer side, {memory / 2**30:.2f} GB in memory for splats, four times that for rays."
     )
@@ -163,19 +219,21 @@ def sizes(headers: dict[Path, Any]) -> list[Finding]:
     return found
 
 
-def pixels(photos: Sequence[Path], origins: Float[np.ndarray, "N 3"]) -> list[Finding]:
-    """Sharpness, and exposure from neighbour to neighbour."""
-    chosen = evenly(len(photos), LOOKED_AT)
-    with ThreadPoolExecutor(4) as readers:
-        grey = list(readers.map(thumbnail, [photos[i] for i in chosen]))
-    places = origins[chosen]
+def pixels(
+    grey: Mapping[Path, UInt8[np.ndarray, "h w"]], origins: Mapping[Path, Float[np.ndarray, "3"]]
+) -> list[Finding]:
+    """Sharpness, and exposure from neighbour to neighbour, of small photos."""
+    if len(grey) < 2:
+        return []
+    chosen = [*grey]
+    places = np.array([origins[path] for path in chosen])
     near = np.linalg.norm(places[:, None] - places[None], axis=-1).argsort(1)[:, 1:6]
-    sharp = np.array([sharpness(picture) for picture in grey])
-    bright = np.array([max(1.0, float(picture.mean())) for picture in grey])
+    sharp = np.array([sharpness(picture) for picture in grey.values()])
+    bright = np.array([max(1.0, float(picture.mean())) for picture in grey.values()])
     around = np.array([np.median(sharp[row]) for row in near])
-    blurred = [photos[chosen[i]].name for i in np.flatnonzero(sharp < BLURRED * around)]
+    blurred = [chosen[i].name for i in np.flatnonzero(sharp < BLURRED * around)]
     ratios = np.array([bright[i] / np.median(bright[row[:2]]) for i, row in enumerate(near)])
-    jumps = [photos[chosen[i]].name for i in np.flatnonzero(np.maximum(ratios, 1 / ratios) > JUMP)]
+    jumps = [chosen[i].name for i in np.flatnonzero(np.maximum(ratios, 1 / ratios) > JUMP)]
 
     def listed(names: list[str]) -> str:
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -187,12 +245,10 @@ def pixels(photos: Sequence[Path], origins: Float[np.ndarray, "N 3"]) -> list[Fi
 
 
 def thumbnail(path: Path) -> UInt8[np.ndarray, "h w"]:
-    """A photo in grey, small; large JPEGs are decoded small."""
-    with Image.open(path) as picture:
-        picture.draft("L", (EYE, EYE))
-        grey = picture.convert("L")
-        grey.thumbnail((EYE, EYE), Image.Resampling.BOX)
-        return np.asarray(grey)
+    """A photo in grey, small; large JPEGs are decoded small. Raises PictureError when it cannot be read."""
+    grey = open_picture(path, side=EYE).convert("L")
+    grey.thumbnail((EYE, EYE), Image.Resampling.BOX)
+    return np.asarray(grey)
 
 
 def sharpness(grey: UInt8[np.ndarray, "h w"]) -> float:
@@ -203,13 +259,20 @@ def sharpness(grey: UInt8[np.ndarray, "h w"]) -> float:
     return float(cv2.Laplacian(picture, cv2.CV_32F).var() / max(1.0, picture.var()))
 
 
-def points(parsed: Any) -> Finding:
+def points(parser: DataParserConfig, data: Path, parsed: DataparserOutputs) -> Finding:
     """The sparse points, and whether cameras see them."""
-    given = parsed.metadata.get("points3D_xyz")
-    if given is None or not len(given):
-        return Finding(
-            "note", "points", "No sparse points come with the data; for splats they are found in the photos."
-        )
+    try:
+        if isinstance(parser, NerfstudioDataParserConfig) and names_points(data):
+            parser.load_3D_points = True
+            (parsed,) = read(parser, data, "train")
+        given = parsed.metadata.get("points3D_xyz")
+        if given is None or not len(given):
+            return Finding(
+                "note", "points", "No sparse points come with the data; for splats they are found in the photos."
+            )
+        points_of_data(given, None)
+    except UserError as error:
+        return refused("points", error)
     xyz = given.double()[:: 1 + len(given) // 5000]
     cameras = parsed.cameras
     poses = cameras.camera_to_worlds.double()[:: 1 + len(cameras) // 30]
@@ -223,20 +286,22 @@ def points(parsed: Any) -> Finding:
     )  # fmt: skip
 
 
-def masks(data: Path, parsed: Any, held_out: Sequence[Path]) -> list[Finding]:
+def masks(data: Path, parsed: DataparserOutputs, test: DataparserOutputs) -> list[Finding]:
     """Masks of what to ignore, and those of classes, to evaluate by."""
-    found = []
+    found, held_out = [], test.image_filenames
     if parsed.mask_filenames:
         found.append(Finding("good", "masks", "Each photo has a mask of what counts."))
     try:
         evaluator = Evaluator.of_scene(data, held_out, [*parsed.image_filenames, *held_out])
+        if evaluator is not None:
+            evaluator.check(torch.cat([test.cameras.height, test.cameras.width], -1).tolist())
     except UserError as error:
         return [*found, refused("masks", error)]
     if not held_out:
         remedy = "Training needs none; to evaluate, end the command with nerfstudio-data --eval-mode interval."
         found.append(Finding("note", "held out", "No photo is held out.", remedy))
     if evaluator is not None:
-        annotated = len({path.stem for path in held_out} & set(evaluator.annotations.views))
+        annotated = len({*evaluator.views} & {*evaluator.annotations.views})
         found.append(
             Finding(
                 "good",
