@@ -179,9 +179,9 @@ def test_bad_pictures_say_where_to_begin(test, train, said):
 
 def test_prompts_that_win_nowhere_or_everywhere_are_said():
     labels = np.array([0] * 950 + [1] * 50 + [-1] * 9)
-    nowhere, everywhere = classes(["wall", "cup", "dog"], labels)
-    assert nowhere.what.startswith("dog:") and "'wall' takes 95%" in everywhere.what
-    assert classes(["wall", "cup"], np.array([0, 1, 1]))[0].level == "good"
+    nowhere, everywhere = classes(["wall", "cup", "dog"], labels, 5)
+    assert nowhere.what == "dog: found nowhere in 5 views." and "'wall' takes 95%" in everywhere.what
+    assert classes(["wall", "cup"], np.array([0, 1, 1]), 5)[0].level == "good"
 
 
 @pytest.mark.slow

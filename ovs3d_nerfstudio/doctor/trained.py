@@ -58,7 +58,7 @@ def run_findings(run: Run) -> list[Finding]:
             ),
         ]
     labels = np.concatenate([seen.labels.ravel() for seen in everything])
-    found += classes(segmenter.prompts, labels)
+    found += classes(segmenter.prompts, labels, len(everything))
     for i, j, correlation in alike(segmenter.sample @ segmenter.project(segmenter.text)):
         found.append(
             Finding("warning", "prompts", f"'{segmenter.prompts[i]}' and '{segmenter.prompts[j]}' are nearly the same to the encoder "
@@ -122,14 +122,14 @@ def pictures(test: Sequence[float], train: Sequence[float]) -> list[Finding]:
     ]
 
 
-def classes(prompts: Sequence[str], labels: np.ndarray) -> list[Finding]:
-    """Prompts that win nowhere, and one that takes nearly everything."""
+def classes(prompts: Sequence[str], labels: np.ndarray, views: int) -> list[Finding]:
+    """Prompts that win nowhere in the labels of so many `views`, and one that takes nearly everything."""
     shares = np.bincount(labels[labels >= 0], minlength=len(prompts)) / max(1, (labels >= 0).sum())
     nowhere = [prompt for prompt, share in zip(prompts, shares, strict=True) if share < NOWHERE]
     found = []
     if nowhere:
         found.append(
-            Finding("warning", "classes", f"{'; '.join(nowhere)}: found nowhere in {2 * VIEWS} views.",
+            Finding("warning", "classes", f"{'; '.join(nowhere)}: found nowhere in {views} views.",
                     "Say what is seen (colour, material), or drop them; compare with --pipeline.model.class-scores relevancy.")
         )  # fmt: skip
     if len(prompts) > 1 and shares.max() > 0.9:
