@@ -79,7 +79,7 @@ def write_catalogue(
     for number, (thing, view) in enumerate(
         track(list(zip(found.objects, views, strict=True)), "Writing objects", console=CONSOLE), start=1
     ):
-        stem = f"objects/{number:03d}-{mask_stem(thing.prompt)[:80]}"
+        stem = f"objects/{number:03d}-{mask_stem(thing.prompt)}"
         entry = entry_of(thing, number) | {"file": f"{stem}.ply"}
         write_ply(folder / f"{stem}.ply", table[thing.members])
         if removed:

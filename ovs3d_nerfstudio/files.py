@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LONGEST_STEM = 200
+"""Bytes of a class's name as a file bears it: file systems take 255, and a number, a kind and a suffix come to it."""
 
 
 @contextmanager
@@ -39,5 +43,10 @@ def leads_out_of(path: Path, folder: Path) -> bool:
 
 
 def mask_stem(class_name: str) -> str:
-    """The name of a class as a file can bear it: what file systems forbid (`/ \\ : * ? " < > |`) is `_`."""
-    return re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", unicodedata.normalize("NFC", class_name))
+    """The name of a class as a file can bear it: what file systems forbid (`/ \\ : * ? " < > |`) is `_`, and of a long one
+    there is the beginning, and a digest of all of it."""
+    stem = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", unicodedata.normalize("NFC", class_name))
+    if len(stem.encode()) <= LONGEST_STEM:
+        return stem
+    digest = f"-{hashlib.sha256(stem.casefold().encode()).hexdigest()[:8]}"  # without case, as masks are looked for
+    return stem.encode()[: LONGEST_STEM - len(digest)].decode(errors="ignore") + digest

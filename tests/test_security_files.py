@@ -38,6 +38,8 @@ HOSTILE = [
     "~/out",
     "$(touch out)",
     "-rf",
+    *("红色的苹果放在白色的桌子上面" * 21 + end for end in ("", "!")),  # no file bears as many bytes
+    *("An RGB toy, " * 24 + end for end in ("1", "2")),
 ]
 
 
@@ -151,6 +153,8 @@ def test_no_prompt_leads_out_of_a_folder(tmp_path):
     written.write(Path("view"), np.arange(len(prompts))[None])
     masks = {path.name for path in (folder / "segmentations" / "view").iterdir()}
     assert len(masks) == len(prompts)
+    read = Annotations(folder)
+    assert [read.classes[label] for label in read.labels("view", 1, len(prompts))[0]] == prompts
     outside = [path for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
     assert not outside
     segmenter = Segmenter()
@@ -158,6 +162,7 @@ def test_no_prompt_leads_out_of_a_folder(tmp_path):
     for name in segmenter.output_names():  # a folder of `ns-render dataset`
         place = tmp_path / "renders" / name / "picture.png"
         assert place.resolve().parent.parent == (tmp_path / "renders").resolve()
+        assert "rgb" not in name.lower() and len(name.encode()) < 240
     assert len(set(segmenter.output_names())) == len(prompts)
 
 

@@ -61,7 +61,7 @@ class _Export(ShownOptions):
 
     def path_of(self, class_id: int, prompt: str, kind: str = "") -> Path:
         """The file of one class: its number keeps names apart that a file system would not."""
-        return self.output_dir / f"{class_id:03d}-{mask_stem(prompt)[:80]}{kind}.ply"
+        return self.output_dir / f"{class_id:03d}-{mask_stem(prompt)}{kind}.ply"
 
     def said(self, path: Path, what: str) -> None:
         from nerfstudio.utils.rich_utils import CONSOLE

@@ -199,8 +199,8 @@ class Segmenter(nn.Module):
         makes folders of names, so they must not lead out of one."""
         names: list[str] = []
         for prompt in self.prompts:
-            words = "_".join(mask_stem(prompt)[:80].split())
-            base = "relevancy_" + re.sub("rgb", "r-g-b", words, flags=re.IGNORECASE)
+            stem = mask_stem(re.sub("rgb", "r-g-b", prompt, flags=re.IGNORECASE))
+            base = "relevancy_" + "_".join(stem.split())
             name, n = base, 2
             while name in names:
                 name, n = f"{base}_{n}", n + 1
