@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from ovs3d_nerfstudio.objects.points import Found, SceneObject
 from ovs3d_nerfstudio.objects.thumbnails import crops
 from ovs3d_nerfstudio.pictures import write_picture
 from ovs3d_nerfstudio.ply import vertex_table, with_labels, write_ply
+from ovs3d_nerfstudio.prompts.prompts import prompt_key
 from ovs3d_nerfstudio.run import FrameName, Run
 
 
@@ -48,7 +51,8 @@ def write_catalogue(
     table: np.ndarray | None = None,
     table_frame: str = "model",
 ) -> Catalogue:
-    """Writes FOLDER/objects.json and, in FOLDER/objects, a PLY and a thumbnail of each object, and the scene without it.
+    """Writes FOLDER/objects.json and, in FOLDER/objects, a PLY and a thumbnail of each object, and the scene without it; what
+    an earlier call left of others there is removed.
 
     Args:
         prompts, frame, threshold, gap, smallest, merge: as in `Run.find`; centroids and boxes are of `frame`.
@@ -60,6 +64,7 @@ def write_catalogue(
         UserError: as `Run.objects`.
     """
     folder = Path(folder)
+    earlier = _files_listed(folder)
     found = run.find(prompts, frame=frame, threshold=threshold, gap=gap, smallest=smallest, merge=merge)
     samples = run.samples()
     if table is None:
@@ -92,7 +97,22 @@ def write_catalogue(
         entries.append(entry)
     kind = "Gaussians" if run.is_splat else "points"
     path = write_objects(folder, found, entries, frame, kind, {"file_frame": table_frame})
+    # By keys, which are one where a file system may take two names for one.
+    written = {prompt_key(name) for name in _files_listed(folder)}
+    for name in earlier:
+        if prompt_key(name) not in written:
+            (folder / name).unlink(missing_ok=True)
     return Catalogue(found, entries, path)
+
+
+def _files_listed(folder: Path) -> set[str]:
+    """The files of objects, relative to `folder`, that its objects.json lists; none where there is no such list."""
+    try:
+        entries = json.loads((folder / "objects.json").read_text(encoding="utf-8"))["objects"]
+        named = {str(entry.get(kind)) for entry in entries for kind in ("file", "without", "thumbnail")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
+    return {name for name in named if re.fullmatch(r"objects/\d{3,}-[^/\\]+\.(ply|png)", name)}
 
 
 def write_objects(

@@ -79,6 +79,12 @@ def answers_are_those_of_its_pictures(run: Run, scene: Path, depth_error: float 
         assert len(thing.members) == thing.count and 0 < thing.probability <= 1
 
 
+def the_files_listed(folder: Path) -> set[Path]:
+    """Those of the objects of a catalogue."""
+    entries = json.loads((folder / "objects.json").read_text())["objects"]
+    return {folder / entry[kind] for entry in entries for kind in ("file", "without", "thumbnail") if kind in entry}
+
+
 def the_catalogue_is_whole(folder: Path, kind: str, file_frame: str) -> None:
     """objects.json, the file of each object, the scene without it and its picture agree."""
     saved = json.loads((folder / "objects.json").read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from asking import answers_are_those_of_its_pictures, pinhole, the_catalogue_is_whole
+from asking import answers_are_those_of_its_pictures, pinhole, the_catalogue_is_whole, the_files_listed
 from nerfstudio.cameras.cameras import Cameras
 
 import ovs3d_nerfstudio as ovs3d
@@ -160,3 +160,9 @@ def test_the_catalogue_of_a_nerf_is_whole(trained, tmp_path, ovs3d):
     status, printed = ovs3d("objects", *words)
     assert status == 0 and "Objects, in the coordinates of the data" in printed
     the_catalogue_is_whole(tmp_path, "points", "data")
+    # A later call leaves nothing of it, and takes nothing that is somebody's own.
+    before, own = [*(tmp_path / "objects").iterdir()], tmp_path / "objects" / "001-my notes.ply"
+    own.touch()
+    assert ovs3d("objects", *words[:-1], "a cat; a wall", "--no-scenes-without", "--smallest-object", 0.2)[0] == 0
+    left = the_files_listed(tmp_path)
+    assert left and {*(tmp_path / "objects").iterdir()} == left | {own} and not left & {*before}
