@@ -24,6 +24,7 @@ from ovs3d_nerfstudio.gaussians.splats import SH_OF_COLOUR, Splat
 from ovs3d_nerfstudio.gaussians.viewpoints import viewpoints
 from ovs3d_nerfstudio.models.brought import find_way
 from ovs3d_nerfstudio.ply import write_ply
+from ovs3d_nerfstudio.prompts.likes import Like, write_likes
 
 STEPS = 40
 
@@ -132,6 +133,22 @@ def test_the_splat_itself_is_not_replaced(surface, tmp_path, ovs3d):
     shutil.copy(surface, tmp_path / "splat.ply")
     status, printed = ovs3d("label", tmp_path / "splat.ply", "--prompts", "a", "--output-dir", tmp_path)
     assert status == 1 and "would replace" in printed
+
+
+def test_what_cannot_be_seen_or_said_in_words_is_refused_before_any_training(surface, tmp_path, ovs3d):
+    """Where no photos are given; with them the same is told by others."""
+    _, splat = read_splat(surface)
+    faint = replace(splat, opacities=torch.full_like(splat.opacities, -20))
+    write_ply(tmp_path / "faint.ply", splat_table(faint))
+    write_likes(tmp_path / "likes.json", [Like("like 1", [0.6, 0.8], "tiny")])
+    cases = (
+        (tmp_path / "faint.ply", "mug; table", "opacity of 2.1e-09"),
+        (surface, f"{tmp_path / 'likes.json'}; table", "'like 1' is a prompt without words"),
+    )
+    for path, prompts, said in cases:
+        words = ["label", path, "--prompts", prompts, "--output-dir", tmp_path / "out"]
+        status, printed = ovs3d(*words, "--method", "ovs3d-splat-lite")
+        assert status == 1 and said in printed and not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

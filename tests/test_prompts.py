@@ -224,8 +224,9 @@ def test_what_is_no_file_of_likes_is_refused_by_name(tmp_path, content, message)
 def test_a_file_of_likes_is_no_text_of_prompts_and_teaches_nothing(likes_file):
     with pytest.raises(PromptError, match=f"with --prompts {likes_file}"):
         read_prompts_file(likes_file)
-    with pytest.raises(PromptError, match="'like 1' is a prompt without words, which only a trained run"):
-        choose_prompts(f"a cat; {likes_file}", None, likes_file.parent)
+    for data in (likes_file.parent, None):
+        with pytest.raises(PromptError, match="'like 1' is a prompt without words, which only a trained run"):
+            choose_prompts(f"a cat; {likes_file}", None, data)
 
 
 def test_likes_of_another_encoder_are_refused_and_its_own_need_no_encoder(likes_file):

@@ -13,7 +13,7 @@ import tyro
 from ovs3d_nerfstudio.cli.scenes import SceneOptions, split_words
 from ovs3d_nerfstudio.engine.option_checks import SHARE, SIZE, OptionError, Range, check_fields
 from ovs3d_nerfstudio.errors import CommandError
-from ovs3d_nerfstudio.prompts.prompts import choose_prompts, given_prompts
+from ovs3d_nerfstudio.prompts.prompts import choose_prompts
 
 if TYPE_CHECKING:
     from ovs3d_nerfstudio.engine.trainer import OVS3DTrainerConfig
@@ -73,15 +73,10 @@ class Command(SceneOptions):
 
         self.method = self.method or ("ovs3d-splat" if torch.cuda.is_available() else "ovs3d-splat-lite")
         table, splat = read_splat(self.splat)
-        if self.data is None:
-            prompts = given_prompts(self.prompts, self.prompts_file)
-        else:
-            prompts, _ = choose_prompts(self.prompts, self.prompts_file, self.data)
-        if not prompts:
+        if not choose_prompts(self.prompts, self.prompts_file, self.data)[0]:
             raise CommandError("There is nothing to label the splat with; say what to look for with --prompts.")
         if self.data is None:
             self.data = (self.output_dir / "views").resolve()
-            self.prompts, self.prompts_file = "; ".join(prompts), None
             write_own_views(splat, self.up, self.views, self.data)
         config = self.config()
         run = Run(config, *learned(config))

@@ -23,7 +23,7 @@ BACKGROUND = 0.5
 
 def write_own_views(splat: Splat, up: tuple[float, float, float], count: int, folder: Path) -> None:
     """Chooses at most `count` cameras and leaves their pictures in `folder`, as a scene for nerfstudio-data whose poses are in
-    the splat's coordinates."""
+    the splat's coordinates. Raises SplatError when no camera sees anything."""
     with CONSOLE.status("Looking for cameras that see what there is"):
         chosen = viewpoints(splat, torch.tensor(up), count)
     CONSOLE.print(described(chosen))

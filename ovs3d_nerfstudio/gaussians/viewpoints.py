@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.gaussians.plan import plan_views
 from ovs3d_nerfstudio.gaussians.shown import view_matrix
+from ovs3d_nerfstudio.gaussians.splat_files import SplatError
 from ovs3d_nerfstudio.gaussians.splats import Splat
 
 AZIMUTHS, ELEVATIONS = 18, (0.0, 20.0, 45.0)
@@ -51,6 +52,8 @@ def viewpoints(splat: Splat, up: Float[Tensor, "3"], count: int) -> list[Viewpoi
 
     What a camera adds is counted in Gaussians: each counts by how clearly it is seen, until `WANTED` views see it. A camera
     behind a wall sees the wall alone, and one in a fog the fog: both add little.
+
+    Raises SplatError when no camera sees anything.
     """
     splat = _thinned(splat)
     candidates = _candidates(splat, up)
@@ -68,6 +71,11 @@ def viewpoints(splat: Splat, up: Float[Tensor, "3"], count: int) -> list[Viewpoi
             break
         chosen.append(best)
         left = (left - seen[best]).clamp(min=0)
+    if not chosen:
+        raise SplatError(
+            f"No camera sees anything of this splat, whose most opaque Gaussian has an opacity of "
+            f"{float(splat.opacities.max().sigmoid()):.2g}; export it again, or name another one."
+        )
     return [candidates[i] for i in chosen]
 
 

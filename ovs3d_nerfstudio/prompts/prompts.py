@@ -132,11 +132,11 @@ def given_prompts(prompts: str, prompts_file: Path | None) -> list[str] | None:
     return read_prompts_file(prompts_file) if prompts_file is not None else None
 
 
-def choose_prompts(prompts: str, prompts_file: Path | None, data: Path) -> tuple[list[str], str]:
+def choose_prompts(prompts: str, prompts_file: Path | None, data: Path | None) -> tuple[list[str], str]:
     """The prompts that take part, and a sentence for the log saying where they came from.
 
     `prompts` (blank: not given) or `prompts_file`, whichever is given; else the scene's own
-    `classes.txt`; else none, an empty list.
+    `classes.txt`, where there is a scene; else none, an empty list.
 
     Raises:
         PromptError: both are given, or the chosen one is unusable, or holds prompts without words.
@@ -151,6 +151,8 @@ def choose_prompts(prompts: str, prompts_file: Path | None, data: Path) -> tuple
             )
         place = "as given" if prompts_file is None else f"from the prompts file {prompts_file}"
         return given, f"{_count(given)} {place}: {'; '.join(given)}."
+    if data is None:
+        return [], "No prompts: none were given."
     classes_file = find_classes_file(data)
     if classes_file is not None:
         chosen = read_classes_file(classes_file)
