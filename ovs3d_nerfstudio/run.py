@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ovs3d_nerfstudio.data.capture import diagonal_of
 from ovs3d_nerfstudio.data.frames import frame_of
+from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SHARE, check_value
 from ovs3d_nerfstudio.errors import UserError
 from ovs3d_nerfstudio.fields.compositing import SOMETHING
 from ovs3d_nerfstudio.gaussians.lenses import tangents_of
@@ -144,9 +145,9 @@ class Run:
         return self.prompts
 
     def question(self, prompts: Sequence[str] | None = None, threshold: float | None = None) -> Question:
-        """Prompts in the space of the run, as its features are compared with them. Raises as `ask` does."""
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise RunError(f"threshold {threshold} is no probability; give a number from 0 to 1.")
+        """Prompts in the space of the run, as its features are compared with them. Raises OptionError for what is no threshold,
+        or as `ask` does."""
+        check_value("threshold", threshold, float | None, SHARE)
         with self._asking:
             segmenter = self.pipeline.model.segmenter
             asked = list(segmenter.prompts) if prompts is None else _listed(prompts)
@@ -186,7 +187,7 @@ class Run:
                 naming the rest; without it each point gets the prompt that fits best.
 
         Raises:
-            RunError: points, frame or threshold are no such; or as `ask`.
+            RunError: points or frame are no such; or as `question`.
         """
         question = self.question(prompts, threshold)
         labels, probabilities = _answers(question, self._directions_at(self._points(xyz, frame)))
@@ -233,7 +234,7 @@ class Run:
             prompts, threshold: as in `label_points`.
 
         Raises:
-            RunError: pose, intrinsics, size or frame are no such; or as `ask`.
+            RunError: pose, intrinsics, size or frame are no such; or as `question`.
             MemoryShortage: the picture does not fit.
         """
         question = self.question(prompts, threshold)
@@ -276,7 +277,8 @@ class Run:
             smallest: least share of a prompt's points that counts as an object.
 
         Raises:
-            RunError: the frame is no such; or as `ask`.
+            RunError: the frame is no such; or as `question`.
+            OptionError: gap or smallest cannot be.
         """
         return self.find(prompts, frame=frame, threshold=threshold, gap=gap, smallest=smallest).objects
 
@@ -292,6 +294,8 @@ class Run:
     ) -> Found:
         """As `objects`, with what was left out, and prompts that are nearly the same to the encoder: where `merge` is set, they
         are one class, that of the first of them."""
+        check_value("gap", gap, float, POSITIVE)
+        check_value("smallest", smallest, float, SHARE)
         unit = self._unit(frame)
         question = self.question(prompts, threshold)
         asked = question.segmenter.prompts
@@ -382,6 +386,11 @@ class Run:
             raise RunError(f"The size {size} is none; give width and height in whole pixels.")
         self._unit(frame)
         there = self.frame.poses_to_model(pose[None, :3]) if frame == "data" else pose[None, :3]
+        if np.linalg.det(there[0, :, :3]) < 0:
+            raise RunError(
+                "The pose is mirrored (the determinant of its axes is below 0); negate the column of the axis that points the "
+                "other way: x to the right, y up, z backwards."
+            )
         fx, fy, cx, cy = (float(focal[at]) for at in ((0, 0), (1, 1), (0, 2), (1, 2)))
         return Cameras(torch.from_numpy(there).float(), fx, fy, cx, cy, width, height).to(self.pipeline.device)
 

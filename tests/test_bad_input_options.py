@@ -188,6 +188,7 @@ EARLY = [
     (["render", "camera-path", "--camera-path-filename", "POSELESS"], "no camera path"),
     (["render", "camera-path", "--camera-path-filename", "NAN"], "no camera path"),
     (["render", "dataset"], "config.yml does not exist"),
+    (["objects", "--threshold", 2], "--threshold 2.0"),
     (["eval"], "config.yml does not exist"),
     (["export", "pointcloud"], "config.yml does not exist"),
 ]

@@ -12,6 +12,7 @@ from asking import answers_are_those_of_its_pictures, pinhole, the_catalogue_is_
 from nerfstudio.cameras.cameras import Cameras
 
 import ovs3d_nerfstudio as ovs3d
+from ovs3d_nerfstudio.engine.option_checks import OptionError
 from ovs3d_nerfstudio.errors import UserError, errors_raised, user_errors
 from ovs3d_nerfstudio.objects.thumbnails import LONGER_SIDE, crops
 from ovs3d_nerfstudio.prompts.prompts import PromptError
@@ -133,10 +134,10 @@ def test_bad_input_gets_a_sentence(run, scene):
         "3 of the numbers of the points are NaN": lambda: run.features_at(np.full((1, 3), np.nan)),
         "cannot be read as numbers": lambda: run.label_points([["a", "b", "c"]]),
         "no frame 'world'": lambda: run.label_points(np.zeros((1, 3)), frame="world"),
-        "threshold 2 is no probability": lambda: run.label_points(np.zeros((1, 3)), threshold=2),
         "1 of the numbers of the pose are NaN": lambda: run.render_view(nan, intrinsics, size),
         "off perpendicular ones": lambda: run.render_view(pose[:3] * 2, intrinsics, size),
         "shape 2×2; give a camera-to-world": lambda: run.render_view(np.eye(2), intrinsics, size),
+        "is mirrored": lambda: run.render_view(pose @ np.diag([1, 1, -1, 1]), intrinsics, size),
         "last row": lambda: run.render_view(inverse, intrinsics, size),
         "give 3×3": lambda: run.render_view(pose, np.eye(4), size),
         "first rows": lambda: run.render_view(pose, skewed, size),
@@ -145,6 +146,15 @@ def test_bad_input_gets_a_sentence(run, scene):
     }
     for sentence, call in wrong.items():
         with pytest.raises(RunError, match=sentence):
+            call()
+    numbers = {
+        "threshold 2 .* give a number, from 0 to 1": lambda: run.label_points(np.zeros((1, 3)), threshold=2),
+        "threshold a": lambda: run.objects(threshold="a"),
+        **{f"gap {gap} .* above 0": lambda gap=gap: run.objects(gap=gap) for gap in (0, -1, np.nan, np.float32(-1))},
+        **{f"smallest {share}": lambda share=share: run.objects(smallest=share) for share in (2, -1)},
+    }
+    for sentence, call in numbers.items():
+        with pytest.raises(OptionError, match=sentence):
             call()
     for prompts in ([], ["cat", "Cat"], ["cat; dog"], [" "]):
         with pytest.raises(PromptError):

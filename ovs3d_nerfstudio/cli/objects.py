@@ -48,7 +48,7 @@ class Command:
         from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SHARE, check_fields
         from ovs3d_nerfstudio.run import load_run
 
-        check_fields("--", self, {"object_gap": POSITIVE, "smallest_object": SHARE})
+        check_fields("--", self, {"object_gap": POSITIVE, "smallest_object": SHARE, "threshold": SHARE})
         run = load_run(self.load_config, data=self.data)
         ask(run, self.prompts, self.prompts_file)
         catalogue = write_catalogue(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import get_annotations
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -80,7 +81,7 @@ def check_value(option: str, value: Any, kind: Any, allowed: Range | None = None
     if get_origin(kind) is Literal:
         fine, expected = value in get_args(kind), f"one of: {', '.join(get_args(kind))}"
     elif kind in (int, float):
-        types = int if kind is int else (int, float)
+        types: Any = Integral if kind is int else Real  # NumPy's among them, from Python
         fine = isinstance(value, types) and not isinstance(value, bool) and (allowed is None or value in allowed)
         expected = ("a whole number" if kind is int else "a number") + (f", {allowed}" if allowed else "")
     elif kind in EXPECTED:
