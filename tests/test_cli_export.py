@@ -154,6 +154,14 @@ def test_a_point_cloud_lies_in_the_data_and_carries_the_runs_labels(trained, sce
         assert (np.array(entry["box"]["min"]) <= entry["box"]["max"]).all() and entry["count"] >= 2
 
 
+@pytest.mark.parametrize("positions", [np.ones((1, 3)), np.eye(3)[:2], np.zeros((5, 3))])
+def test_points_that_are_all_alike_are_no_outliers(positions):
+    from ovs3d_nerfstudio.objects.samples import _inliers
+
+    assert _inliers(positions, 10.0).tolist() == [*range(len(positions))]
+    assert _inliers(np.concatenate([np.random.default_rng(0).uniform(size=(200, 3)), [[99.0] * 3]]), 3.0).max() == 199
+
+
 @pytest.mark.slow
 def test_points_have_the_labels_of_their_pixels(trained, ovs3d):
     from ovs3d_nerfstudio.objects.samples import sample_cloud

@@ -192,4 +192,6 @@ def _inliers(positions: np.ndarray, std_ratio: float) -> np.ndarray:
     import open3d
 
     cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(positions))
-    return np.asarray(cloud.remove_statistical_outlier(NEIGHBOURS, std_ratio)[1])
+    inliers = np.asarray(cloud.remove_statistical_outlier(NEIGHBOURS, std_ratio)[1], np.int64)
+    # Of points that are all as far from their neighbours, as one or two are, none stands out, and open3d leaves none.
+    return inliers if len(inliers) else np.arange(len(positions))
