@@ -265,7 +265,7 @@ def test_gaussians_of_splatfacto_carry_the_labels_of_their_places(trained, splat
 
     path, theirs = splat
     words = ["ovs3d", "export", "splat", "--load-config", trained[0], "--output-dir", tmp_path, "--splat", path]
-    command(*words, "--splat-config", theirs, cwd=tmp_path)
+    command(*words, "--splat-config", theirs.parent, cwd=tmp_path)
     before, after = (PlyData.read(str(file))["vertex"].data for file in (path, tmp_path / "splat.ply"))
     assert len(before) == len(after) == 2000 and {"f_dc_0", "f_rest_44", "opacity", "rot_3"} <= set(before.dtype.names)
     assert list(after.dtype.names) == [*before.dtype.names, "class_id", "probability"]

@@ -288,14 +288,19 @@ class ExportSplat(_Export):
     splat: Path | None = None
     """The PLY of a splat; default: the Gaussians of the run."""
     splat_config: Path | None = None
-    """The config.yml of the run that the PLY was made of, where its frame is not this run's: another dataparser, or other options
-    of it."""
+    """The config.yml of the run that the PLY was made of, or the folder it lies in, where its frame is not this run's: another
+    dataparser, or other options of it."""
     least_probability: float = 0.0
     """Gaussians whose class is less probable than this become 0, none."""
 
     def main(self) -> None:
         """Raises CommandError, SplatError, OptionError and the errors of prompts and encoders."""
         check_fields("--", self, {"least_probability": SHARE})
+        if self.splat_config is not None and self.splat is None:
+            raise CommandError(
+                f"--splat-config {self.splat_config} is the run of a PLY, and none is given; name it with --splat, or leave "
+                "--splat-config out."
+            )
         from nerfstudio.utils.rich_utils import CONSOLE
         from rich.markup import escape
 
@@ -305,7 +310,10 @@ class ExportSplat(_Export):
         from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 
         given = read_splat(self.splat) if self.splat is not None else None
-        theirs = Frame.of_run_outputs(self.splat_config.parent) if self.splat_config is not None else None
+        theirs = None
+        if self.splat_config is not None:
+            made_of = self.splat_config if self.splat_config.is_dir() else self.splat_config.parent
+            theirs = Frame.of_run_outputs(made_of)
         run = self.opened()
         model = run.pipeline.model
         if given is not None:
