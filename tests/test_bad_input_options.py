@@ -101,6 +101,16 @@ def test_a_device_that_is_not_here_is_refused(small, tmp_path, capsys, device):
     refused(capsys, tmp_path, lambda: opened(config), [f"--machine.device-type {device}", "cpu"])
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_training_of_no_steps_is_refused(small, tmp_path, capsys, steps):
+    from nerfstudio.scripts import train
+
+    config = small_config(small)
+    config.output_dir, config.vis, config.max_num_iterations = tmp_path / "outputs", "tensorboard", steps
+    refused(capsys, tmp_path, lambda: train.main(config), f"--max-num-iterations {steps}")
+    assert not [*tmp_path.glob("outputs/*")]
+
+
 @pytest.mark.parametrize("kind", [OVS3DDataManagerConfig, OVS3DModelConfig])
 def test_every_number_of_ours_has_its_range(kind):
     own = [base for base in kind.__mro__ if base.__module__.startswith("ovs3d_nerfstudio")]
@@ -174,9 +184,11 @@ EARLY = [
     (["export", "mesh", "--downscale", 0.5], "--downscale 0.5"),
     (["export", "splat", "--least-probability", 1.5], "--least-probability 1.5"),
     (["export", "splat", "--splat", "nowhere.ply"], "nowhere.ply does not exist"),
+    (["export", "splat", "--splat-config", "run"], ["--splat-config run", "--splat"]),
     (["export", "splat", "--splat", "BROKEN"], "cannot be read as a PLY"),
     (["export", "mesh", "--mesh", "nowhere.ply"], "nowhere.ply does not exist"),
     (["export", "mesh", "--mesh", "BROKEN"], "cannot be read as a mesh"),
+    (["objects", "--threshold", 2], "--threshold 2.0"),
     (["render", "dataset", "--downscale-factor", 0], "--downscale-factor 0"),
     (["render", "dataset", "--jpeg-quality", 101], "--jpeg-quality 101"),
     (["render", "interpolate", "--interpolation-steps", 0], "--interpolation-steps 0"),
@@ -188,7 +200,6 @@ EARLY = [
     (["render", "camera-path", "--camera-path-filename", "POSELESS"], "no camera path"),
     (["render", "camera-path", "--camera-path-filename", "NAN"], "no camera path"),
     (["render", "dataset"], "config.yml does not exist"),
-    (["objects", "--threshold", 2], "--threshold 2.0"),
     (["eval"], "config.yml does not exist"),
     (["export", "pointcloud"], "config.yml does not exist"),
 ]

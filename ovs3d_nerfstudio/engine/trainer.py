@@ -36,6 +36,7 @@ from ovs3d_nerfstudio.engine.anomaly import check_weights
 from ovs3d_nerfstudio.engine.checkpoints import checkpoints
 from ovs3d_nerfstudio.engine.cooling import check_schedules, over_steps
 from ovs3d_nerfstudio.engine.endings import ending
+from ovs3d_nerfstudio.engine.option_checks import SIZE, check_value
 from ovs3d_nerfstudio.engine.saving import SavingTrainer, random_state, set_random_state
 from ovs3d_nerfstudio.engine.threads import busy_hint, let_sleep
 from ovs3d_nerfstudio.errors import INTERRUPTED, CommandError, user_errors
@@ -126,6 +127,7 @@ class OVS3DTrainer(SavingTrainer):
         if hint:
             CONSOLE.print(hint, style="yellow")
         with user_errors():
+            check_value("--max-num-iterations", self.config.max_num_iterations, int, SIZE)
             check_schedules(self.config.optimizers)
             if self.config.mixed_precision and not getattr(self.config.pipeline.model, "MIXED_PRECISION", True):
                 raise CommandError(
