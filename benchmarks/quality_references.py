@@ -15,6 +15,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
+from spans import plan_of
 from torch import Tensor
 
 from ovs3d_nerfstudio.encoders.base import image_text_encoder, token_encoder
@@ -175,12 +176,12 @@ def lift(pipeline: OVS3DPipeline, scales: slice = slice(None)) -> Scores:
         view = torch.full((height * width,), i)
         told = (F.normalize(teachers.at(view, y.flatten(), x.flatten())[:, scales], dim=-1) @ text).mean(1)
         told = torch.cat([told, torch.ones_like(told[:, :1])], -1).view(1, height, width, -1)
-        seen = model.plan_of(camera)
+        seen = plan_of(model.splat, camera)
         total.index_add_(0, seen.gaussians, seen.gather(told))
     similarities = total[:, :-1] / total[:, -1:].clamp(min=1e-6)
 
     def predict(camera: Cameras) -> np.ndarray:
-        return model.plan_of(camera).composite(similarities)[0][0].argmax(-1).cpu().numpy()
+        return plan_of(model.splat, camera).composite(similarities)[0][0].argmax(-1).cpu().numpy()
 
     datasets = {"test": manager.eval_dataset, "train": manager.train_dataset}
     data, paths = Path(manager.config.data or "."), {s: dataset.image_filenames for s, dataset in datasets.items()}

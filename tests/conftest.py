@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from bad_input import make_small_scene
 from children import TINY_CLIP as CLIP
+from PIL import Image
 from tally import Tally
 
 from ovs3d_nerfstudio.demo.scene import make_scene
@@ -99,6 +100,11 @@ def camera_path(file: Path) -> Path:
 def frames(video: Path) -> list[np.ndarray]:
     with av.open(str(video)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """The labels of a label image: −1 is none."""
+    return np.asarray(Image.open(path)).astype(np.int64) - 1
 
 
 @pytest.fixture

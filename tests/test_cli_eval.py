@@ -6,13 +6,13 @@ from html import escape
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import command, read_labels
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from ovs3d_nerfstudio import __version__
 from ovs3d_nerfstudio.cli.comparing import ComparedView, class_index, panel, parse_mapping
-from ovs3d_nerfstudio.cli.labels import read_labels, write_labels
+from ovs3d_nerfstudio.cli.labels import write_labels
 from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.prompts.palette import palette

@@ -7,12 +7,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import command
+from conftest import command, read_labels
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from PIL import Image
 
 from ovs3d_nerfstudio.cli.around import around
-from ovs3d_nerfstudio.cli.labels import LabelFolder, read_labels
+from ovs3d_nerfstudio.cli.labels import LabelFolder
 from ovs3d_nerfstudio.cli.poses import poses_of
 from ovs3d_nerfstudio.cli.render import RenderCameraPath
 from ovs3d_nerfstudio.cli.rendering import WholeVideo, crop_in_model, crop_of

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from asking import answers_are_those_of_its_pictures, the_catalogue_is_whole
-from conftest import camera_path, command, frames, ns_viewer
+from conftest import camera_path, command, frames, ns_viewer, read_labels
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.scripts.exporter import ExportGaussianSplat
 from nerfstudio.scripts.render import RenderCameraPath, RenderInterpolated
@@ -20,7 +20,6 @@ from PIL import Image
 from plyfile import PlyData, PlyElement
 from training import Trained, train_steps
 
-from ovs3d_nerfstudio.cli.labels import read_labels
 from ovs3d_nerfstudio.data.frames import frame_of
 from ovs3d_nerfstudio.demo import run as demo
 from ovs3d_nerfstudio.demo.raycast import cast

@@ -9,11 +9,10 @@ import numpy as np
 import open3d
 import pytest
 import trimesh
-from conftest import command
+from conftest import command, read_labels
 from PIL import Image
 from plyfile import PlyData
 
-from ovs3d_nerfstudio.cli.labels import read_labels
 from ovs3d_nerfstudio.data.frames import Frame
 from ovs3d_nerfstudio.demo.raycast import Camera, cast
 from ovs3d_nerfstudio.demo.scene import blocks, demo_solids, held_out_cameras, make_scene, train_cameras

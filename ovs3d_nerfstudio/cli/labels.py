@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image
 
 from ovs3d_nerfstudio.errors import CommandError
 from ovs3d_nerfstudio.files import mask_stem, write_json, written_beside
@@ -20,12 +19,6 @@ def write_labels(path: Path, labels: Int[np.ndarray, "H W"], num_classes: int) -
     """Writes the id of each pixel, its label + 1; 0 is none. 8 bits, or 16 where `num_classes` is above 255."""
     kind = np.uint8 if num_classes <= 255 else np.uint16
     write_picture(path, (np.asarray(labels) + 1).astype(kind))
-
-
-def read_labels(path: Path) -> Int[np.ndarray, "H W"]:
-    """The labels that `write_labels` wrote: −1 is none."""
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(np.int64) - 1
 
 
 class LabelFolder:

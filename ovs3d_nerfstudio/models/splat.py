@@ -354,12 +354,6 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         mode = self.config.rasterize_mode
         return plan_views(*shape, viewmats, intrinsics, *size, rasterize_mode=mode, windows=windows)
 
-    def plan_of(self, camera: Cameras, chosen: Int[Tensor, " m"] | None = None) -> Plan:
-        """The Gaussians, or the chosen ones, as one camera sees them: what does not depend on what is composited."""
-        intrinsics = camera.get_intrinsics_matrices().to(self.device)
-        size = int(camera.width), int(camera.height)
-        return self._plan(view_matrix(camera.camera_to_worlds), intrinsics, size, chosen=chosen)
-
     def _sh_degree(self) -> int | None:
         config = self.config
         if config.sh_degree == 0:
