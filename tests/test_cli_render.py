@@ -48,6 +48,17 @@ def test_views_in_folders_keep_masks_of_their_own(tmp_path):
 
 def test_two_prompts_with_one_mask_are_refused_unless_masks_are_left_out(tmp_path):
     with pytest.raises(CommandError, match=r"both have the mask A_b\.png"):
+def test_a_view_that_is_written_anew_has_no_masks_of_before(tmp_path):
+    for prompts, labels in ((["cat", "dog"], [[0, 1]]), (["cat", "cup"], [[1, 1]])):
+        folder = LabelFolder(tmp_path, prompts, palette(2), masks=True)
+        for view in ("a", "a/0"):
+            folder.write(Path(view), np.array(labels))
+    masks = [
+        path.relative_to(tmp_path / "segmentations").as_posix() for path in tmp_path.rglob("segmentations/a/**/*.png")
+    ]
+    assert sorted(masks) == ["a/0/cup.png", "a/cup.png"]
+
+
         LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=True)
     LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=False)
 

@@ -50,12 +50,16 @@ class LabelFolder:
             beside.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
 
     def write(self, view: Path, labels: Int[np.ndarray, "H W"]) -> None:
-        """Writes the label image and the masks of `view`, a relative path without suffix; −1 is none."""
+        """Writes the label image and the masks of `view`, a relative path without suffix; −1 is none. Masks that an earlier call
+        made of the view are gone: they would say of it what it does not show."""
         write_labels(self.folder / "labels" / view.with_name(f"{view.name}.png"), labels, len(self.stems))
-        if self.masks:
-            for label in np.unique(labels[labels >= 0]).tolist():
-                mask = (labels == label).astype(np.uint8) * 255
-                write_picture(self.folder / CLASSES_FILE.parent / view / f"{self.stems[label]}.png", mask)
+        if not self.masks:
+            return
+        masks = self.folder / CLASSES_FILE.parent / view
+        for earlier in masks.glob("*.png"):
+            earlier.unlink()
+        for label in np.unique(labels[labels >= 0]).tolist():
+            write_picture(masks / f"{self.stems[label]}.png", (labels == label).astype(np.uint8) * 255)
 
 
 def ids(names: Sequence[str], colors: Float[np.ndarray, "C 3"]) -> dict[str, dict]:
