@@ -63,7 +63,7 @@ def test_a_view_that_is_written_anew_has_no_masks_of_before(tmp_path):
     LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=False)
 
 
-CROP = {"crop_center": [0, 1, 2], "crop_scale": [1, 2, 1], "crop_bg_color": {"r": 38, "g": 42, "b": 55}}
+CROP = {"crop_center": [0, 1, 2], "crop_scale": [1, 2, 1], "crop_bg_color": {"r": 200, "g": 0, "b": 60}}
 
 
 def test_a_crop_box_may_be_written_in_whole_numbers():
@@ -82,8 +82,8 @@ def test_a_crop_box_may_be_written_in_whole_numbers():
         ("crop_center", [0, "x", 0]),
         ("crop_center", None),
         ("crop_center", [0, 0, float("nan")]),
-        ("crop_bg_color", [38, 42, 55]),
-        ("crop_bg_color", {"r": 38}),
+        ("crop_bg_color", [200, 0, 60]),
+        ("crop_bg_color", {"r": 200}),
     ],
 )
 def test_what_is_no_crop_box_is_said_before_rendering(tmp_path, key, value):

@@ -13,6 +13,7 @@ import torch
 from asking import answers_are_those_of_its_pictures, the_catalogue_is_whole
 from conftest import camera_path, command, frames, ns_viewer, read_labels
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.model_components.renderers import background_color_override_context
 from nerfstudio.scripts.exporter import ExportGaussianSplat
 from nerfstudio.scripts.render import RenderCameraPath, RenderInterpolated
 from nerfstudio.utils.eval_utils import eval_setup
@@ -274,12 +275,24 @@ def test_a_view_of_nothing_is_background(opened):
     assert all(torch.isfinite(output).all() for output in outputs.values()) and not outputs["accumulation"].any()
     assert torch.equal(outputs["rgb"], outputs["background"])
     assert (model.labels_in(outputs) == -1).all() and torch.equal(outputs["segmentation"], outputs["background"])
+    assert (model.get_rgba_image(outputs) == 0).all()
+    with background_color_override_context(torch.tensor([1.0, 0, 0])):
+        assert (model.get_outputs_for_camera(camera)["rgb"] == torch.tensor([1.0, 0, 0])).all()
     away = torch.zeros(1, 3)
     found = model.features_along(away + 1000, torch.nn.functional.normalize(away + 1, dim=-1))
     assert torch.isfinite(found["depth"]).all() and found["directions"].shape == (1, model.semantic_field.dim)
 
 
 def test_what_a_pixel_knows_is_the_sum_over_its_gaussians(opened):
+def test_a_transparent_picture_is_what_is_there_without_the_background(opened):
+    model, camera = opened.model.eval(), copy.deepcopy(opened.datamanager.eval_dataset.cameras[0:1])
+    camera.camera_to_worlds[..., 3] += 2 * camera.camera_to_worlds[..., 2]
+    outputs = model.get_outputs_for_camera(camera)
+    color, alpha = model.get_rgba_image(outputs).split([3, 1], -1)
+    assert torch.equal(alpha, outputs["accumulation"]) and 0 < alpha.min() + 0.1 < alpha.max()
+    assert torch.allclose(color * alpha + (1 - alpha) * outputs["background"], outputs["rgb"], atol=1e-2)
+
+
     """Against gsplat's formula with one channel for each Gaussian: its weight in each pixel."""
     model, camera = opened.model.eval(), opened.datamanager.eval_dataset.cameras[0:1]
     with torch.no_grad():

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Int16
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.model_components import renderers
 from nerfstudio.models.splatfacto import RGB2SH, SplatfactoModel, SplatfactoModelConfig, num_sh_bases
 from scipy.spatial import cKDTree
 from torch import Tensor
@@ -277,6 +278,17 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         if "directions" in shown:
             shown["directions"] = packed(shown["directions"])
         return outputs | shown
+
+    def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Float[Tensor, "H W 4"]:
+        """The colour of what is there, without the background, and how much is there."""
+        alpha = outputs["accumulation"]
+        color = outputs[output_name] - (1 - alpha) * outputs["background"]
+        return torch.cat([(color / alpha.clamp(min=LEAST_ALPHA)).clamp(0, 1), alpha], -1)
+
+    def _get_background_color(self) -> Float[Tensor, "3"]:
+        """As splatfacto's, which does not hear of the colour that a crop box brings along."""
+        brought = renderers.BACKGROUND_COLOR_OVERRIDE
+        return super()._get_background_color() if brought is None else brought.to(self.device)
 
     def _chosen(self) -> Int[Tensor, " m"] | None:
         """The Gaussians inside the crop box that this thread's renders do not hide; None for all."""
