@@ -5,12 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from bad_input import VIEWS, make_small_scene, opened, refused, small_config
+from bad_input import HEIGHT, VIEWS, WIDTH, make_small_scene, opened, refused, small_config
 from conftest import CLIP
 from nerfstudio.scripts import train
+from PIL import Image
 
 from ovs3d_nerfstudio.cli import main
 from ovs3d_nerfstudio.errors import user_errors
@@ -160,6 +162,19 @@ def test_a_moved_run_is_evaluated_without_its_cache(run, tmp_path, ovs3d):
     assert not (tmp_path / "elsewhere" / ".ovs3d-cache").exists()
 
 
+def test_a_lone_photo_is_rendered_under_its_name_beside_the_photo_itself_and_the_nearest_one(run, tmp_path, ovs3d):
+    """Shrunk, without a folder of smaller photos."""
+    words = ["--load-config", run, "--output-path", tmp_path / "r", "--image-format", "png", "--downscale-factor", 2]
+    words += ["--render-nearest-camera", "True", "--check-occlusions", "True", "--rendered-output-names"]
+    assert ovs3d("render", "dataset", *words, "rgb", "gt-rgb")[0] == 0
+    assert Image.open(tmp_path / "r" / "test" / "rgb" / "06.png").size == (WIDTH // 2, HEIGHT // 2)
+    for name, photo in (("gt-rgb", "06"), ("nearest_photo", "04")):
+        written = np.asarray(Image.open(tmp_path / "r" / "test" / name / "06.png")).astype(int)
+        original = Image.open(tmp_path / "scene" / "images" / f"{photo}.png")
+        expected = np.asarray(original.resize((WIDTH // 2, HEIGHT // 2), Image.Resampling.BILINEAR))
+        assert np.abs(written - expected).max() <= 2, name
+
+
 WORDS = [
     (["eval", "--split", "train"], "No view of the split 'train' has masks"),
     (["eval", "--prompt-classes", "wolf = sheep"], ["wolf", "grass; sheep"]),
@@ -170,6 +185,13 @@ WORDS = [
     (["eval", "--output-path", "run/config.yml/metrics.json"], "config.yml"),
     (["render", "dataset", "--rendered-output-names", "relevancy_wolf"], ["relevancy_wolf", "relevancy_sheep"]),
     (["render", "dataset", "--prompts", "x" * 301], "301 characters"),
+    (
+        ["render", "dataset", "--downscale-factor", "40"],
+        "--downscale-factor 40 leaves nothing of pictures with a side of 36",
+    ),
+    (["render", "spiral", "--downscale-factor", "36"], "--downscale-factor 36 leaves nothing"),
+    (["render", "spiral", "--camera-idx", "6"], ["--camera-idx 6 is none of the 6 training photos", "from 0 to 5"]),
+    (["render", "interpolate", "--pose-source", "eval"], ["--pose-source eval has one photo", "around"]),
     (["render", "dataset", "--prompts", "a/b; a:b"], "both have the mask a_b.png"),
     (["export", "pointcloud", "--prompts", ";"], "no prompt"),
     (["export", "pointcloud", "--output-dir", "run/config.yml"], "config.yml"),

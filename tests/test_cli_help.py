@@ -77,11 +77,13 @@ def test_renders_have_the_options_of_nerfstudio(ours, theirs):
     for name in other:
         if name in ("colormap_options", "rendered_output_names"):
             continue
-        assert values(of_theirs[name]) <= values(types[name]), name
+        assert values(of_theirs[name]) - {NO_COLORMAP} <= values(types[name]), name
         if (ours, name) not in OTHERWISE:
             assert mine[name].default == other[name].default, name
 
 
+NO_COLORMAP = "pca"
+"""matplotlib has no colours of that name, so that nerfstudio fails."""
 OTHERWISE = {(render.RenderInterpolated, "pose_source"), (render.RenderInterpolated, "interpolation_steps")}
 """Ours goes around the scene."""
 

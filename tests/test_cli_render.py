@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image
 
 from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.labels import LabelFolder
+from ovs3d_nerfstudio.cli.nearest import NearestPhotos
 from ovs3d_nerfstudio.cli.poses import poses_of
-from ovs3d_nerfstudio.cli.render import RenderCameraPath
+from ovs3d_nerfstudio.cli.render import RenderCameraPath, video_path
 from ovs3d_nerfstudio.cli.rendering import WholeVideo, crop_in_model, crop_of
 from ovs3d_nerfstudio.data.annotations import Annotations
 from ovs3d_nerfstudio.data.frames import Frame
@@ -46,8 +48,6 @@ def test_views_in_folders_keep_masks_of_their_own(tmp_path):
     assert [int(annotations.labels(view, 2, 2).max()) for view in annotations.views] == [0, 1]
 
 
-def test_two_prompts_with_one_mask_are_refused_unless_masks_are_left_out(tmp_path):
-    with pytest.raises(CommandError, match=r"both have the mask A_b\.png"):
 def test_a_view_that_is_written_anew_has_no_masks_of_before(tmp_path):
     for prompts, labels in ((["cat", "dog"], [[0, 1]]), (["cat", "cup"], [[1, 1]])):
         folder = LabelFolder(tmp_path, prompts, palette(2), masks=True)
@@ -59,6 +59,8 @@ def test_a_view_that_is_written_anew_has_no_masks_of_before(tmp_path):
     assert sorted(masks) == ["a/0/cup.png", "a/cup.png"]
 
 
+def test_two_prompts_with_one_mask_are_refused_unless_masks_are_left_out(tmp_path):
+    with pytest.raises(CommandError, match=r"both have the mask A_b\.png"):
         LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=True)
     LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=False)
 
@@ -122,6 +124,22 @@ def test_the_way_around_a_scene_is_smooth_and_sees_all_of_it(span, closed):
     assert (np.linalg.norm(poses[0, :, 3] - poses[-1, :, 3]) < 3 * np.median(step)) == closed
 
 
+@pytest.mark.parametrize(("seen", "walls", "nearest"), [(False, 2, 1), (True, 0, 1), (True, 1, 2), (True, 2, 1)])
+def test_a_photo_that_does_not_see_the_place_of_a_view_is_not_the_nearest(seen, walls, nearest):
+    """Unless none does."""
+    cameras = looking_at_the_origin(np.array([40.0, 0, 10]), np.ones(3))
+    pose = looking_at_the_origin(np.array([3.0]), np.ones(1)).camera_to_worlds[0]
+    to_nearest = torch.nn.functional.normalize(cameras.camera_to_worlds[1, :, 3] - pose[:, 3], dim=0)
+
+    def features_along(_, along, box):
+        walled = walls == 2 or (walls == 1 and float(along @ to_nearest) > 0.99)
+        return {"accumulation": torch.ones(1, 1), "depth": torch.full((1, 1), 0.01 if walled else 9.0)}
+
+    model = SimpleNamespace(device="cpu", features_along=features_along)
+    data = SimpleNamespace(train_dataset=SimpleNamespace(cameras=cameras))
+    assert NearestPhotos(SimpleNamespace(model=model, datamanager=data), seen).place(pose) == nearest
+
+
 def test_poses_of_a_transforms_json_are_rendered_through_their_lenses():
     frames = [{"transform_matrix": np.eye(4).tolist(), "w": 4 + i, "k1": 0.1 * i} for i in range(3)]
     frames[1]["camera_model"] = "PINHOLE"
@@ -180,6 +198,11 @@ def test_a_video_that_is_interrupted_leaves_nothing_and_a_whole_one_has_its_name
     assert not list(tmp_path.iterdir())
     write(False)
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+
+
+def test_a_video_without_a_suffix_is_an_mp4(tmp_path):
+    names = [video_path("--output-path", tmp_path / name) for name in ("v", "v.MOV", "v.mp4")]
+    assert [path.name for path in names] == ["v.mp4", "v.MOV", "v.mp4"]
 
 
 @pytest.mark.slow

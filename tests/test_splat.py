@@ -139,8 +139,9 @@ def test_our_commands_take_it_too(run, tmp_path, ovs3d):
     labels = [read_labels(path) for path in (tmp_path / "r").rglob("labels/*.png")]
     assert len(labels) == 3 and set(np.unique(labels)) == {-1, 1}
     words = ["--load-config", run, "--output-path", tmp_path / "s.mp4", "--rendered-output-names", "segmentation"]
+    words += ["--render-nearest-camera", "True", "--check-occlusions", "True"]
     assert ovs3d("render", "spiral", *words, "--seconds", 1, "--frame-rate", 2)[0] == 0
-    assert [frame.shape for frame in frames(tmp_path / "s.mp4")] == 2 * [(72, 96, 3)]
+    assert [frame.shape for frame in frames(tmp_path / "s.mp4")] == 2 * [(72, 2 * 96, 3)]
     words = ["--load-config", run, "--output-dir", tmp_path / "c", "--num-points", 4000]
     assert ovs3d("export", "pointcloud", *words)[0] == 0
     assert len(PlyData.read(tmp_path / "c" / "point_cloud.ply")["vertex"]) > 3000
@@ -274,16 +275,15 @@ def test_a_view_of_nothing_is_background(opened):
     outputs = model.get_outputs_for_camera(camera)
     assert all(torch.isfinite(output).all() for output in outputs.values()) and not outputs["accumulation"].any()
     assert torch.equal(outputs["rgb"], outputs["background"])
-    assert (model.labels_in(outputs) == -1).all() and torch.equal(outputs["segmentation"], outputs["background"])
     assert (model.get_rgba_image(outputs) == 0).all()
     with background_color_override_context(torch.tensor([1.0, 0, 0])):
         assert (model.get_outputs_for_camera(camera)["rgb"] == torch.tensor([1.0, 0, 0])).all()
+    assert (model.labels_in(outputs) == -1).all() and torch.equal(outputs["segmentation"], outputs["background"])
     away = torch.zeros(1, 3)
     found = model.features_along(away + 1000, torch.nn.functional.normalize(away + 1, dim=-1))
     assert torch.isfinite(found["depth"]).all() and found["directions"].shape == (1, model.semantic_field.dim)
 
 
-def test_what_a_pixel_knows_is_the_sum_over_its_gaussians(opened):
 def test_a_transparent_picture_is_what_is_there_without_the_background(opened):
     model, camera = opened.model.eval(), copy.deepcopy(opened.datamanager.eval_dataset.cameras[0:1])
     camera.camera_to_worlds[..., 3] += 2 * camera.camera_to_worlds[..., 2]
@@ -293,6 +293,7 @@ def test_a_transparent_picture_is_what_is_there_without_the_background(opened):
     assert torch.allclose(color * alpha + (1 - alpha) * outputs["background"], outputs["rgb"], atol=1e-2)
 
 
+def test_what_a_pixel_knows_is_the_sum_over_its_gaussians(opened):
     """Against gsplat's formula with one channel for each Gaussian: its weight in each pixel."""
     model, camera = opened.model.eval(), opened.datamanager.eval_dataset.cameras[0:1]
     with torch.no_grad():

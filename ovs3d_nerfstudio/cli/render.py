@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Union
 import tyro
 
 from ovs3d_nerfstudio.cli.common import ShownOptions
-from ovs3d_nerfstudio.engine.option_checks import POSITIVE, SIZE, Range, check_fields
+from ovs3d_nerfstudio.engine.option_checks import COUNT, POSITIVE, SIZE, OptionError, Range, check_fields, check_file
 
 RANGES = {
     "downscale_factor": POSITIVE,
@@ -20,15 +20,23 @@ RANGES = {
     "interpolation_steps": SIZE,
     "frame_rate": SIZE,
     "seconds": POSITIVE,
+    "radius": COUNT,
+    "camera_idx": COUNT,
+    "depth_near_plane": COUNT,
+    "depth_far_plane": COUNT,
 }
 """What options may be, where a command has them."""
+COLORMAP_RANGES = {"colormap_min": Range(-1000, 1000), "colormap_max": Range(-1000, 1000)}
+"""Of colours, which lie in 0 to 1."""
+VIDEOS = (".mp4", ".mov", ".m4v")
+"""Suffixes of files that hold a video, and the mark of a panorama where it is one."""
 
 
 @dataclass(frozen=True)
 class ColormapOptions:
     """How depth, and other outputs of one number a pixel, are coloured."""
 
-    colormap: Literal["default", "turbo", "viridis", "magma", "inferno", "cividis", "gray", "pca"] = "default"
+    colormap: Literal["default", "turbo", "viridis", "magma", "inferno", "cividis", "gray"] = "default"
     """The colours, by matplotlib's names; default: turbo."""
     normalize: bool = False
     """Stretch the numbers of each picture to all of the colours."""
@@ -66,7 +74,7 @@ class _Render(ShownOptions):
     colormap_options: ColormapOptions = ColormapOptions()
     """How outputs of one number a pixel are coloured."""
     render_nearest_camera: bool = False
-    """Put the nearest training photo beside each view."""
+    """Put the nearest training photo beside each view, as `nearest_photo`."""
     check_occlusions: bool = False
     """A photo that does not see the place of the view is not the nearest."""
     camera_idx: int | None = None
@@ -85,10 +93,40 @@ class _Render(ShownOptions):
     def main(self) -> None:
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
         check_fields("--", self, {name: allowed for name, allowed in RANGES.items() if hasattr(self, name)})
+        check_fields("--colormap-options.", self.colormap_options, COLORMAP_RANGES)
+        self._check_written()
         # Imported here, as in every subcommand: `--help` needs none of it.
         from ovs3d_nerfstudio.cli import rendering
 
         getattr(rendering, type(self).__name__)(self).main()
+
+    def _check_written(self) -> None:
+        """Raises OptionError where no file can hold what is asked for."""
+        names, form = self.rendered_output_names, getattr(self, "output_format", None)
+        if form == "video":
+            self.output_path = video_path("--output-path", self.output_path)
+        if "rgba" not in names:
+            return
+        needed = "--image-format png"
+        if form is not None:  # one picture a view, of all that is rendered
+            needed += ", --output-format images, and rgba alone"
+        beside = len(names) > 1 or self.render_nearest_camera
+        if self.image_format != "png" or form == "video" or (form == "images" and beside):
+            raise OptionError(
+                f"--rendered-output-names {' '.join(names)} is not possible, as rgba is transparent; give {needed}."
+            )
+
+
+def video_path(option: str, path: Path) -> Path:
+    """The file of a video, an MP4 where no suffix is given. Raises OptionError when no video can have that name."""
+    if path.name and not path.suffix:
+        path = path.with_suffix(".mp4")
+    check_file(option, path)
+    if path.suffix.lower() not in VIDEOS:
+        raise OptionError(
+            f"{option} {path} is no name of a video; give one that ends in {', '.join(VIDEOS)}, or --output-format images."
+        )
+    return path
 
 
 @dataclass

@@ -27,6 +27,7 @@ from rich.markup import escape
 from ovs3d_nerfstudio.cli.around import around
 from ovs3d_nerfstudio.cli.common import ask
 from ovs3d_nerfstudio.cli.labels import LabelFolder
+from ovs3d_nerfstudio.cli.nearest import NEAREST, NearestPhotos
 from ovs3d_nerfstudio.cli.poses import in_model, is_transforms, poses_of
 from ovs3d_nerfstudio.data.frames import Frame, frame_of
 from ovs3d_nerfstudio.errors import CommandError, reason
@@ -63,7 +64,12 @@ class _Asking:
     of the command of the same name; what another version of nerfstudio has beside them keeps its default."""
 
     output_path: Path
+    jpeg_quality: int
+    downscale_factor: float | None
     rendered_output_names: list[str]
+    render_nearest_camera: bool
+    check_occlusions: bool
+    camera_idx: int | None
     prompts: str
     prompts_file: Path | None
     only: str
@@ -74,10 +80,20 @@ class _Asking:
 
     def __init__(self, options: Any):
         vars(self).update(vars(options))
+        if self.render_nearest_camera:
+            self.rendered_output_names = [*self.rendered_output_names, NEAREST]
 
     def main(self) -> None:
         """Raises CommandError, OptionError and the errors of prompts and encoders."""
-        with mock.patch.object(render, "eval_setup", self._setup), mock.patch.object(media, "VideoWriter", WholeVideo):
+        draw = render._render_trajectory_video
+
+        def drawn(pipeline: OVS3DPipeline, cameras: Cameras, **options: Any) -> None:
+            check_pixels(cameras, self.downscale_factor or 1)
+            # Not every render of nerfstudio's hands on the quality; the photo comes with the outputs.
+            draw(pipeline, cameras, **{**options, "jpeg_quality": self.jpeg_quality, "render_nearest_camera": False})
+
+        ours = mock.patch.multiple(render, eval_setup=self._setup, _render_trajectory_video=drawn)
+        with ours, mock.patch.object(media, "VideoWriter", WholeVideo):
             super().main()  # type: ignore[misc]
 
     def held_out(self) -> bool:
@@ -100,11 +116,30 @@ class _Asking:
                 f"No photo of {pipeline.datamanager.config.data} is held out, so there is no view to start from; render the "
                 "training views with --split train or --pose-source train, or a camera path."
             )
+        photos = len(pipeline.datamanager.train_dataset)
+        if self.camera_idx is not None and self.camera_idx >= photos:
+            raise CommandError(
+                f"--camera-idx {self.camera_idx} is none of the {photos} training photos; give a number from 0 to {photos - 1}."
+            )
         prompts = ask(Run(config, pipeline, checkpoint, step), self.prompts, self.prompts_file)
+        if self.render_nearest_camera:
+            self._put_photos(pipeline)
         self._hide(pipeline, prompts)
         if self.labels:
             self._record(pipeline, prompts)
         return config, pipeline, checkpoint, step
+
+    def _put_photos(self, pipeline: OVS3DPipeline) -> None:
+        """Has each view come with the nearest photo."""
+        model, photos = pipeline.model, NearestPhotos(pipeline, self.check_occlusions)
+        render_camera = model.get_outputs_for_camera
+
+        def with_photo(camera: Cameras, obb_box: OrientedBox | None = None) -> dict:
+            outputs = render_camera(camera, obb_box=obb_box)
+            height, width = outputs["rgb"].shape[:2]
+            return outputs | {NEAREST: photos.picture(camera.camera_to_worlds[0], (height, width), obb_box)}
+
+        model.get_outputs_for_camera = with_photo  # type: ignore[method-assign]
 
     def _hide(self, pipeline: OVS3DPipeline, prompts: list[str]) -> None:
         """Has the run rendered as if there were only what is to be shown."""
@@ -145,10 +180,31 @@ class RenderDataset(_Asking, render.DatasetRender):
     """The photos' own views, with labels and segmentations beside each output's folder."""
 
     def main(self) -> None:
-        """As ns-render's, whose `--downscale-factor 2` would look for photos in images_2.0."""
-        if self.downscale_factor is not None and self.downscale_factor == round(self.downscale_factor):
-            self.downscale_factor = round(self.downscale_factor)
-        super().main()
+        """As ns-render's, which would look for smaller photos in a folder of their own, and takes the name of a lone photo for
+        that of its folder."""
+        self.factor, self.downscale_factor = self.downscale_factor, None
+        paths = mock.Mock(
+            wraps=os, **{"path.commonpath": lambda files: os.path.commonpath([*map(os.path.dirname, files)])}
+        )
+        with mock.patch.object(render, "os", paths):
+            super().main()
+
+    def _setup(self, *arguments: Any, update_config_callback: Any, **options: Any) -> Any:
+        factor = self.factor
+
+        def smaller(config: Any) -> Any:
+            """Has the photos that there are read, and shrunk."""
+            data = update_config_callback(config).pipeline.datamanager
+            if factor is not None:
+                data.dataparser.downscale_factor = 1 if factor >= 1 else factor
+                data.camera_res_scale_factor = min(1, 1 / factor)
+            return config
+
+        opened = super()._setup(*arguments, update_config_callback=smaller, **options)
+        if factor is not None:
+            for part in (opened[1].datamanager.train_dataset, opened[1].datamanager.eval_dataset):
+                check_pixels(part._dataparser_outputs.cameras, factor)
+        return opened
 
     def folders(self, pipeline: OVS3DPipeline) -> Iterator[tuple[Path, Path]]:
         for split in self.split.split("+"):
@@ -156,6 +212,15 @@ class RenderDataset(_Asking, render.DatasetRender):
             names = view_names(photos)  # as ns-render names its pictures, which may lie in folders
             for photo in photos:
                 yield self.output_path / split, Path(names[photo])
+
+
+def check_pixels(cameras: Cameras, factor: float) -> None:
+    """Raises CommandError where pictures that are `factor` times smaller have no pixel."""
+    sides = torch.cat([cameras.width, cameras.height]).flatten().tolist()
+    if sides and factor > 1 and min(sides) <= factor:
+        raise CommandError(
+            f"--downscale-factor {factor:g} leaves nothing of pictures with a side of {min(sides)} pixels; give a lower one."
+        )
 
 
 class RenderCameraPath(_Asking, render.RenderCameraPath):
@@ -233,6 +298,12 @@ class RenderInterpolated(_Asking, render.RenderInterpolated):
 
     def _setup(self, *arguments: Any, **options: Any) -> Any:
         config, pipeline, *rest = super()._setup(*arguments, **options)
+        split = {"train": pipeline.datamanager.train_dataset, "eval": pipeline.datamanager.eval_dataset}
+        if self.pose_source != "around" and len(split[self.pose_source]) < 2:
+            raise CommandError(
+                f"--pose-source {self.pose_source} has one photo, and a way from photo to photo takes two; choose another, or "
+                "render around the scene, with --pose-source around."
+            )
         if self.interpolation_steps is None:
             photos = len(pipeline.datamanager.train_dataset.cameras)
             going_around = max(1, round(self.seconds * self.frame_rate / photos))
@@ -254,7 +325,11 @@ class RenderSpiral(_Asking, render.SpiralRender):
     """Views on a spiral about the first held-out photo."""
 
     def main(self) -> None:
-        """As ns-render's, which knows datamanagers of rays alone and refuses every splat."""
+        """As ns-render's, which knows datamanagers of rays alone and refuses every splat. Raises CommandError for no frame."""
+        if int(self.frame_rate * self.seconds) < 1:
+            raise CommandError(
+                f"--seconds {self.seconds:g} at --frame-rate {self.frame_rate} is no frame; give more of one of them."
+            )
         with mock.patch.object(render, "VanillaDataManager", object):
             super().main()
 

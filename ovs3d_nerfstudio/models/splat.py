@@ -192,7 +192,7 @@ class OVS3DSplatModel(SemanticModel, SplatfactoModel):
         views = [self._looking(*ray) for ray in zip(origins, directions, strict=True)]
         with self.features_wanted():
             outputs = [self._view_outputs(view) for view in views]
-        wanted = [name for name in ("depth", "directions", "scales") if name in outputs[0]]
+        wanted = [name for name in ("depth", "accumulation", "directions", "scales") if name in outputs[0]]
         found = {name: torch.cat([output[name].flatten(0, 1) for output in outputs]) for name in wanted}
         return found | {"directions": unpacked(found["directions"])} if "directions" in found else found
 
