@@ -59,6 +59,16 @@ def test_a_view_that_is_written_anew_has_no_masks_of_before(tmp_path):
     assert sorted(masks) == ["a/0/cup.png", "a/cup.png"]
 
 
+def test_masks_that_no_render_made_are_let_be(tmp_path):
+    mask = tmp_path / "segmentations" / "a" / "cat.png"
+    mask.parent.mkdir(parents=True)
+    mask.write_bytes(b"by hand")
+    with pytest.raises(CommandError, match=r"segmentations holds masks that no render made.*--output-path"):
+        LabelFolder(tmp_path, ["cat"], palette(1), masks=True)
+    assert mask.read_bytes() == b"by hand" and not (tmp_path / "labels.json").exists()
+    LabelFolder(tmp_path, ["cat"], palette(1), masks=False)
+
+
 def test_two_prompts_with_one_mask_are_refused_unless_masks_are_left_out(tmp_path):
     with pytest.raises(CommandError, match=r"both have the mask A_b\.png"):
         LabelFolder(tmp_path, ["a/b", "A:b"], palette(2), masks=True)

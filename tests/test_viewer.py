@@ -487,8 +487,7 @@ def test_edits_while_training_renders_and_saves(data, checkpoints, tmp_path):  #
         except BaseException as error:
             failures.append(error)
 
-    looker = threading.Thread(target=look_and_edit)
-    looker.start()
+    (looker := threading.Thread(target=look_and_edit)).start()
     try:
         trainer.train()
     finally:

@@ -30,7 +30,8 @@ class LabelFolder:
     """
 
     def __init__(self, folder: Path, prompts: Sequence[str], colors: Float[np.ndarray, "C 3"], masks: bool):
-        """Writes what all views share. Raises CommandError when two prompts would have one mask."""
+        """Writes what all views share. Raises CommandError when two prompts would have one mask, or where masks lie that no
+        render made."""
         self.folder, self.masks = folder, masks
         self.stems = [mask_stem(prompt) for prompt in prompts]
         taken: dict[str, str] = {}
@@ -40,11 +41,16 @@ class LabelFolder:
                 raise CommandError(
                     f"'{other}' and '{prompt}' would both have the mask {stem}.png; change one of them, or leave the masks out."
                 )
+        path = folder / CLASSES_FILE
+        if masks and path.parent.exists() and not (folder / "labels.json").exists():
+            raise CommandError(
+                f"{path.parent} holds masks that no render made, and would lose them; name another --output-path, or leave the masks "
+                "out with --masks False."
+            )
         write_json(folder / "labels.json", ids(prompts, colors))
         save_legend(folder / "legend.png", prompts, colors)
         if not masks:
             return
-        path = folder / CLASSES_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path) as beside:
             beside.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")

@@ -168,7 +168,7 @@ def _each_once(view_of: Mapping[str, str], folders: Mapping[str, Path]) -> dict[
 def _list_masks(folder: Path, class_of: dict[str, int]) -> dict[int, Path]:
     masks: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        label, suffix = class_of.get(prompt_key(path.stem)), path.suffix.lower()
+        label, suffix = class_of.get(prompt_key(mask_stem(path.stem))), path.suffix.lower()
         if label is not None and suffix in BLURRING:
             raise AnnotationError(f"The mask {path} is no exact picture, as {suffix} blurs edges; save it as PNG.")
         if suffix not in EXACT or (label is None and _is_litter(path)):
