@@ -187,6 +187,9 @@ def train(
 
     config = configured(scene, out, steps, **settings)
     config.steps_per_save, config.load_dir = save, load_dir
+    for group in config.optimizers.values():  # rates of one schedule, however many steps a child makes
+        if group["scheduler"] is not None:
+            group["scheduler"].max_steps = 50
     train_step = OVS3DPipeline.get_train_loss_dict
 
     def logged(self, step):

@@ -15,7 +15,8 @@ from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
 
 def pipeline(data: Path, test_mode="val", model=(), **settings) -> OVS3DPipeline:
-    """`ovs3d-lite` with a few rays, without a command."""
+    """`ovs3d-lite` with a few rays, without a command, from seed 0."""
+    torch.manual_seed(0)
     config = copy.deepcopy(all_methods["ovs3d-lite"].pipeline)
     config.datamanager.data = data
     config.datamanager.train_num_rays_per_batch = 64
