@@ -45,7 +45,7 @@ def test_js_of_equal_distributions_is_zero_with_a_finite_gradient():
     assert value.item() == 0 and torch.isfinite(logits.grad).all()
 
 
-def slow_fda(p, tokens, pairs, seen, shift, divergence, rebalance):
+def slow_fda(p, tokens, pairs, seen, shift, divergence, rebalance, told_apart):
     positive, negative, count_p, count_n, count = 0.0, 0.0, 0, 0, 0
     for w in range(len(p)):
         for a, b in zip(*pairs[:, w].tolist(), strict=True):
@@ -53,21 +53,22 @@ def slow_fda(p, tokens, pairs, seen, shift, divergence, rebalance):
             if not (seen[w, a] and seen[w, b]):
                 g = 0
             j = (slow_js if divergence == "js" else slow_kl)(p[w, a], p[w, b])
+            differ = 1 - float(p[w, a] @ p[w, b]) if told_apart else 1
             positive, count_p = positive + max(g, 0) * j, count_p + (g > 0)
-            negative, count_n = negative + min(g, 0) * j, count_n + (g < 0)
+            negative, count_n = negative + min(g, 0) * j * differ, count_n + (g < 0)
             count += 1
     return (positive / count_p, negative / count_n) if rebalance else (positive / count, negative / count)
 
 
 @pytest.mark.parametrize("divergence", ["js", "kl"])
-@pytest.mark.parametrize("rebalance", [True, False])
-def test_fda_is_the_loop_over_pairs(divergence, rebalance):
+@pytest.mark.parametrize(("rebalance", "told_apart"), [(True, False), (False, False), (True, True)])
+def test_fda_is_the_loop_over_pairs(divergence, rebalance, told_apart):
     log_p = distributions(2, 5, 3)
     tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     pairs = paper.sample_pairs(2, 5, 25, "cpu")
     seen = torch.tensor([[True] * 5, [True, False, True, True, False]])
-    fast = paper.fda_loss(log_p, tokens, pairs, 0.1, divergence, rebalance, seen)
-    slow = slow_fda(log_p.exp(), tokens, pairs, seen, 0.1, divergence, rebalance)
+    fast = paper.fda_loss(log_p, tokens, pairs, 0.1, divergence, rebalance, seen, told_apart)
+    slow = slow_fda(log_p.exp(), tokens, pairs, seen, 0.1, divergence, rebalance, told_apart)
     assert [value.item() for value in fast] == pytest.approx(slow, abs=1e-12)
 
 
@@ -79,6 +80,23 @@ def test_fda_has_the_right_gradient():
         assert torch.autograd.gradcheck(
             lambda x, part=part: paper.fda_loss(x.log_softmax(-1), tokens, pairs, 0.1)[part], (logits,)
         )
+
+
+def test_one_class_of_many_looks_is_not_torn_where_pairs_must_be_told_apart():
+    """Unlike tokens of pixels that are surely of one class are let be; of pixels that may be two they are driven apart, weighted by
+    the doubt, through which no gradient goes."""
+    tokens, pairs = torch.eye(2)[None], torch.tensor([0, 1]).view(2, 1, 1)
+
+    def pull(logits: list, told_apart: bool) -> float:
+        scores = torch.tensor(logits, requires_grad=True)
+        loss = paper.fda_loss(scores.log_softmax(-1)[None], tokens, pairs, 0.7, told_apart=told_apart)[1]
+        loss.backward()
+        return float(scores.grad[0, 0])
+
+    sure, unsure = [[6.0, 0.0], [5.0, 0.0]], [[0.6, 0.0], [0.0, 0.0]]
+    p, q = torch.tensor(unsure).softmax(-1)
+    assert pull(unsure, True) == pytest.approx(pull(unsure, False) * (1 - float(p @ q)), rel=1e-5)
+    assert abs(pull(sure, True)) < 0.02 * abs(pull(sure, False))
 
 
 def test_all_pairs_are_taken_when_they_fit_and_a_subset_when_not():

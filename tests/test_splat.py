@@ -298,7 +298,7 @@ def test_what_a_pixel_knows_is_the_sum_over_its_gaussians(opened):
     model, camera = opened.model.eval(), opened.datamanager.eval_dataset.cameras[0:1]
     with torch.no_grad():
         outputs = model.get_features_for_camera(camera)
-        chosen = torch.arange(0, model.num_points, 40)
+        chosen = torch.arange(0, model.num_points, 20)
         parts = [part[chosen] for part in (model.means, model.quats, model.scales.exp())]
         solid = torch.full((len(chosen), 1), 4.0)  # or so few would add up to nothing
         opacities = solid.sigmoid().squeeze(-1)

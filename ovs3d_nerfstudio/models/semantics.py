@@ -95,6 +95,8 @@ class SemanticModelConfig:
     """js as in the paper, or kl as in the authors' code."""
     fda_rebalance: bool = True
     """Divide each part of FDA by its own count of pairs (3D-OVS §3.3)."""
+    fda_told_apart: bool = False
+    """Weigh unlike pairs by how probably the two are of different classes already; not in the paper."""
     fda_pairs: int = 16384
     """Pairs drawn in each window; memory of FDA is windows × pairs × classes."""
     class_scores: ClassScores = "cosine"
@@ -353,6 +355,7 @@ class SemanticModel(Model):
                 config.fda_divergence,
                 config.fda_rebalance,
                 windows.seen,
+                config.fda_told_apart,
             )
             result["fda_positive_loss"] = config.fda_positive_mult * positive
             result["fda_negative_loss"] = config.fda_negative_mult * negative
