@@ -55,14 +55,15 @@ def write_ply(path: Path, vertices: np.ndarray, faces: Int[np.ndarray, "F 3"] | 
         PlyData(elements, byte_order="<").write(str(beside))
 
 
-def read_vertices(path: Path) -> np.ndarray:
-    """The vertices of a PLY as a structured array. Raises CommandError when the file is missing or no such PLY."""
+def read_vertices(path: Path, remedy: str = "export it again") -> np.ndarray:
+    """The vertices of a PLY as a structured array. Raises CommandError when the file is missing or no such PLY; of the latter
+    `remedy` says what to do."""
     if not path.is_file():
         raise CommandError(f"{path} does not exist; name a PLY that ns-export wrote.")
     try:
         return PlyData.read(str(path))["vertex"].data
     except Exception as error:  # the reader lets out whatever a broken file provokes
-        raise CommandError(f"{path} cannot be read as a PLY with vertices ({error}); export it again.") from None
+        raise CommandError(f"{path} cannot be read as a PLY with vertices ({error}); {remedy}.") from None
 
 
 def has_numbers(table: np.ndarray, names: Iterable[str]) -> bool:
@@ -70,8 +71,8 @@ def has_numbers(table: np.ndarray, names: Iterable[str]) -> bool:
     return all(name in (table.dtype.names or ()) and table.dtype[name].kind in "iuf" for name in names)
 
 
-def positions_of(table: np.ndarray, path: Path) -> Float[np.ndarray, "N 3"]:
-    """x, y, z of a table. Raises CommandError when `path`, whence it was read, has none."""
+def positions_of(table: np.ndarray, path: Path, remedy: str = "export it again") -> Float[np.ndarray, "N 3"]:
+    """x, y, z of a table. Raises CommandError, with `remedy`, when `path`, whence it was read, has none."""
     if not has_numbers(table, "xyz"):
-        raise CommandError(f"The vertices of {path} have no x, y and z; export it again.")
+        raise CommandError(f"The vertices of {path} have no x, y and z; {remedy}.")
     return np.stack([table[name] for name in "xyz"], -1).astype(np.float64)

@@ -27,12 +27,9 @@ def read_points(path: Path) -> tuple[Float[np.ndarray, "N 3"], UInt8[np.ndarray,
     otherwise = "or take ply_file_path out of transforms.json and points are found in the photos"
     if not path.is_file():
         raise CommandError(f"The ply_file_path of transforms.json, {path}, is not there; put it back, {otherwise}.")
-    try:
-        table = read_vertices(path)
-        positions = positions_of(table, path)
-    except CommandError as error:
-        what, _, _ = str(error).rpartition("; ")
-        raise CommandError(f"{what}; write that ply_file_path of transforms.json again, {otherwise}.") from None
+    remedy = f"write that ply_file_path of transforms.json again, {otherwise}"
+    table = read_vertices(path, remedy)
+    positions = positions_of(table, path, remedy)
     coloured = has_numbers(table, COLORS)
     colors = np.stack([table[name] for name in COLORS], -1) if coloured else np.zeros((0, 3))
     return positions, colors.clip(0, 255).astype(np.uint8)
