@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question
 from ovs3d_nerfstudio.prompts.likes import Like
-from ovs3d_nerfstudio.prompts.segmentation import ClassScores, Segmenter, chosen_scores, told_scores
+from ovs3d_nerfstudio.prompts.segmentation import ClassScores, Segmenter, at_home, chosen_scores, told_scores
 from ovs3d_nerfstudio.prompts.shown import Shown
 
 TRAINED = ["apple", "table"]
@@ -76,15 +76,34 @@ def test_the_spread_is_of_what_classes_are_compared_by(by):
 
 def test_what_to_compare_by_is_chosen_by_the_narrowest_prompt():
     assert segmenter_of("auto").scores == "relevancy"
-    assert chosen_scores("auto", torch.tensor([[0.0, 0.1, 0.0], [1.0, 0.5, 0.6]])) == "centred"
-    assert chosen_scores("cosine", segmenter_of().range) == "cosine"
-    assert {chosen_scores("auto", torch.zeros(2, n)) for n in (0, 1)} == {"centred"}
     told = told_scores(TRAINED, segmenter_of().range)
     assert (
         "hardly answers to 'table'" in told
         and "'apple' by 1.11" in told
         and "--pipeline.model.class-scores cosine" in told
     )
+
+
+@pytest.mark.parametrize(
+    ("bias", "wins", "chosen"), [(0.2, 1.0, "cosine"), (0.945, 0.6, "centred"), (1.2, 0.0, "centred")]
+)
+def test_cosines_are_centred_where_a_prompt_loses_its_own_place(bias, wins, chosen):
+    """Cups cover a twentieth of the scene, of which the most like one has 1, the next 0.99 and so on; and the encoder is nearer to
+    the other prompt by `bias`, whatever it sees."""
+    cups = 1 - 0.01 * torch.arange(50.0)  # ten of them are a hundredth of the scene
+    similarities = torch.zeros(1000, 2)
+    similarities[:50, 0] = cups
+    similarities[:, 1] = bias
+    similarities[50:, 1] += 1
+    ranges = torch.tensor([[0.0, bias], [1.0, bias + 1]])
+    assert at_home(similarities).tolist() == pytest.approx([wins, 1.0])
+    assert chosen_scores("auto", similarities, ranges) == chosen
+    assert chosen_scores("relevancy", similarities, ranges) == "relevancy", "what is asked for is not chosen"
+
+
+def test_one_prompt_or_none_has_none_to_lose_to():
+    assert {chosen_scores("auto", torch.zeros(5, n), torch.zeros(2, n)) for n in (0, 1)} == {"cosine"}
+    assert at_home(torch.zeros(0, 3)).tolist() == [1, 1, 1], "nor has any where nothing is seen"
 
 
 def test_a_checkpoint_tells_what_was_chosen():

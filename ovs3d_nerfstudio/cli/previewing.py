@@ -60,8 +60,9 @@ def preview(
     flat = torch.cat([scale.flatten(0, 1) for view in similarities for scale in view])
     of_words = torch.cat([cells @ words.T for view in range(len(paths)) for cells in scale_cells(cached, view)])
     known = standing(text, words, flat, of_words)
-    ranges = percentiles(flat[:: 1 + len(flat) // 20000])
-    scores = chosen_scores(config.model.class_scores, ranges)
+    some = flat[:: 1 + len(flat) // 20000]
+    ranges = percentiles(some)
+    scores = chosen_scores(config.model.class_scores, some, ranges)
     # The thresholds of the hints are of cosines, or relevancies.
     judged = flat if scores == "centred" else compared(flat, ranges, scores)
     shares = win_shares(compared(flat, ranges, scores))
