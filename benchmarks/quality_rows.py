@@ -43,6 +43,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no-rda": {"model.rda_loss_mult": 0.0},
     "no-fda": {"model.fda_start": NEVER},
     "no-fda-negative": {"model.fda_negative_mult": 0.0},
+    "no-apart": {"model.fda_apart_start": None},
     "no-rebalance": {"model.fda_rebalance": False},
     "no-unmixing": {"model.unmixing_loss_mult": 0.0},
     "no-patch": {"model.patch_loss_mult": 0.0},
@@ -79,7 +80,7 @@ AVERAGES = {"average-3d": average, "lift": lift}
 REFERENCES = ("pyramid-2d", *AVERAGES, "truth")
 """What cannot be joined with another row; but an average may be of one of the pyramid's scales (`lift+scale-10`)."""
 ROWS = (
-    *("full", "no-rda", "no-fda", "no-fda-negative", "no-rebalance", "no-unmixing", "no-patch", "no-color"),
+    *("full", "no-rda", "no-fda", "no-fda-negative", "no-apart", "no-rebalance", "no-unmixing", "no-patch", "no-color"),
     *("scale-5", "scale-7", "scale-10", "finer-1.4"),
     *("uniform-scales", "undetached", "relevancy", "views-10", "views-20"),
     *("ovs3d-paper", "paper", "pyramid-2d", "average-3d", "truth"),
@@ -221,7 +222,10 @@ def _shorten(config: TrainerConfig, steps: int) -> None:
     """Another length of training: the schedule's parts keep their shares of it."""
     share = steps / config.max_num_iterations
     model = config.pipeline.model
-    model.semantics_start, model.fda_start = round(model.semantics_start * share), round(model.fda_start * share)
+    for name in ("semantics_start", "fda_start", "fda_apart_start"):
+        start = getattr(model, name)
+        if start is not None:
+            setattr(model, name, round(start * share))
     config.max_num_iterations = steps
     for schedule in (group["scheduler"] for group in config.optimizers.values()):
         if schedule is not None:

@@ -111,6 +111,7 @@ def _splat(
         **windows,  # type: ignore[arg-type]
     )
     model.semantics_start, model.fda_start = geometry, geometry + semantics // 12
+    model.fda_apart_start = geometry + 2 * semantics // 5
     optimizers = _splat_optimizers(geometry, rates)
     return _trainer(name, geometry + semantics, datamanager, model, optimizers, **pipeline)
 
@@ -154,7 +155,7 @@ _best = _nerf(
     30000,
     4096,
     {"num_windows": 4, "window_size": 16, "rays_a_token": 2},
-    OVS3DModelConfig(eval_num_rays_per_chunk=1 << 15, **_UNMIXING),
+    OVS3DModelConfig(eval_num_rays_per_chunk=1 << 15, fda_apart_start=12600, **_UNMIXING),
 )
 
 
@@ -214,6 +215,7 @@ _lite = _nerf(
         semantic_samples=6,
         semantics_start=300,
         fda_start=400,
+        fda_apart_start=1000,
         # The contraction leaves half of a grid's side to where the cameras are.
         **(_SMALL_FIELD | {"semantic_max_res": 1024}),
     ),
@@ -249,7 +251,7 @@ _splat_lite = _splat(
 def semantics_alone(config: OVS3DTrainerConfig, steps: int) -> None:
     """Turns a method for Gaussians into `steps` steps of semantics on Gaussians that stand still from the first on."""
     model: Any = config.pipeline.model
-    model.semantics_start, model.fda_start = 0, steps // 12
+    model.semantics_start, model.fda_start, model.fda_apart_start = 0, steps // 12, 2 * steps // 5
     config.max_num_iterations = steps
     config.optimizers |= {name: group for name, group in _optimizers().items() if name in config.optimizers}
 

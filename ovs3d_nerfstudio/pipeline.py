@@ -291,11 +291,12 @@ class OVS3DPipeline(VanillaPipeline):
         model = self.config.model
         semantics = step >= model.semantics_start
         class_losses = bool(self.chosen_prompts and model.refines and step >= model.fda_start)
+        told_apart = class_losses and model.fda_apart_start is not None and step >= model.fda_apart_start
         with user_errors(), single_precision():
             pixels, windows, batch = self.datamanager.next_step(
-                step, semantics, bool(model.patch_loss_mult) or class_losses, bool(model.color_loss_mult)
+                step, semantics, bool(model.patch_loss_mult) or class_losses, bool(model.color_loss_mult) or told_apart
             )
-        batch["class_losses"] = class_losses
+        batch["class_losses"], batch["told_apart"] = class_losses, told_apart
         # Everything that is learned goes through one call: DDP sees only parameters that are used inside it.
         outputs, loss_dict, metrics_dict = self._model(pixels, semantics, windows, batch)
         with user_errors():

@@ -151,6 +151,7 @@ def learned(model, teachers, ranges, autocast=None):
         "ranges": ranges,
         "windows": windows([0.0, 1.0], [2.0, 4.0], noise(2, DIM), torch.float32),
         "class_losses": bool(model.segmenter.prompts),
+        "told_apart": bool(model.segmenter.prompts),
     }
     torch.manual_seed(1)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):

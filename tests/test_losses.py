@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ovs3d_nerfstudio.features.teachers import Patches, Windows
 from ovs3d_nerfstudio.losses import color, paper, patches
+from ovs3d_nerfstudio.losses.apart import told_apart
 from ovs3d_nerfstudio.losses.depth import depth_loss
 
 
@@ -45,15 +46,15 @@ def test_js_of_equal_distributions_is_zero_with_a_finite_gradient():
     assert value.item() == 0 and torch.isfinite(logits.grad).all()
 
 
-def slow_fda(p, tokens, pairs, seen, shift, divergence, rebalance, told_apart):
+def slow_fda(p, tokens, pairs, seen, shift, divergence, rebalance, apart):
     positive, negative, count_p, count_n, count = 0.0, 0.0, 0, 0, 0
     for w in range(len(p)):
-        for a, b in zip(*pairs[:, w].tolist(), strict=True):
+        for i, (a, b) in enumerate(zip(*pairs[:, w].tolist(), strict=True)):
             g = F.cosine_similarity(tokens[w, a], tokens[w, b], dim=0).item() - shift
             if not (seen[w, a] and seen[w, b]):
                 g = 0
             j = (slow_js if divergence == "js" else slow_kl)(p[w, a], p[w, b])
-            differ = 1 - float(p[w, a] @ p[w, b]) if told_apart else 1
+            differ = 1 if apart is None else float(apart[w, i])
             positive, count_p = positive + max(g, 0) * j, count_p + (g > 0)
             negative, count_n = negative + min(g, 0) * j * differ, count_n + (g < 0)
             count += 1
@@ -61,14 +62,15 @@ def slow_fda(p, tokens, pairs, seen, shift, divergence, rebalance, told_apart):
 
 
 @pytest.mark.parametrize("divergence", ["js", "kl"])
-@pytest.mark.parametrize(("rebalance", "told_apart"), [(True, False), (False, False), (True, True)])
-def test_fda_is_the_loop_over_pairs(divergence, rebalance, told_apart):
+@pytest.mark.parametrize(("rebalance", "weighed"), [(True, False), (False, False), (True, True)])
+def test_fda_is_the_loop_over_pairs(divergence, rebalance, weighed):
     log_p = distributions(2, 5, 3)
     tokens = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     pairs = paper.sample_pairs(2, 5, 25, "cpu")
     seen = torch.tensor([[True] * 5, [True, False, True, True, False]])
-    fast = paper.fda_loss(log_p, tokens, pairs, 0.1, divergence, rebalance, seen, told_apart)
-    slow = slow_fda(log_p.exp(), tokens, pairs, seen, 0.1, divergence, rebalance, told_apart)
+    apart = torch.rand(2, 25, generator=torch.Generator().manual_seed(4), dtype=torch.float64) if weighed else None
+    fast = paper.fda_loss(log_p, tokens, pairs, 0.1, divergence, rebalance, seen, apart)
+    slow = slow_fda(log_p.exp(), tokens, pairs, seen, 0.1, divergence, rebalance, apart)
     assert [value.item() for value in fast] == pytest.approx(slow, abs=1e-12)
 
 
@@ -82,21 +84,28 @@ def test_fda_has_the_right_gradient():
         )
 
 
-def test_one_class_of_many_looks_is_not_torn_where_pairs_must_be_told_apart():
-    """Unlike tokens of pixels that are surely of one class are let be; of pixels that may be two they are driven apart, weighted by
-    the doubt, through which no gradient goes."""
-    tokens, pairs = torch.eye(2)[None], torch.tensor([0, 1]).view(2, 1, 1)
+def apart_of(logits: list, colors: list) -> float:
+    scores, pairs = torch.tensor(logits, requires_grad=True), torch.tensor([0, 1]).view(2, 1, 1)
+    apart = told_apart(scores.log_softmax(-1)[None], torch.tensor(colors)[None], pairs, 0.05)
+    assert apart.shape == (1, 1) and not apart.requires_grad, "no gradient goes through the doubt"
+    return float(apart)
 
-    def pull(logits: list, told_apart: bool) -> float:
-        scores = torch.tensor(logits, requires_grad=True)
-        loss = paper.fda_loss(scores.log_softmax(-1)[None], tokens, pairs, 0.7, told_apart=told_apart)[1]
-        loss.backward()
-        return float(scores.grad[0, 0])
 
+def test_told_apart_are_pixels_that_may_be_two_and_differ_in_more_than_brightness():
+    red_and_green = [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]
     sure, unsure = [[6.0, 0.0], [5.0, 0.0]], [[0.6, 0.0], [0.0, 0.0]]
     p, q = torch.tensor(unsure).softmax(-1)
-    assert pull(unsure, True) == pytest.approx(pull(unsure, False) * (1 - float(p @ q)), rel=1e-5)
-    assert abs(pull(sure, True)) < 0.02 * abs(pull(sure, False))
+    assert apart_of(unsure, red_and_green) == pytest.approx(1 - float(p @ q), rel=1e-5)
+    assert apart_of([[9.0, 0.0], [0.0, 9.0]], red_and_green) == pytest.approx(1, abs=1e-3)
+    assert apart_of(sure, red_and_green) < 0.02, "one class of many looks is let be"
+    assert apart_of(unsure, [[0.8, 0.6, 0.4], [0.4, 0.3, 0.2]]) < 1e-3, "and so is what lies in shadow"
+    assert apart_of(unsure, [[0.0, 0.0, 0.0], [0.1, 0.8, 0.1]]) < 1e-3, "black has no colour"
+    # Gray and a gray with a tinge of red: the sine of the angle between them times their length.
+    gray, tinged = [0.5, 0.5, 0.5], [0.56, 0.5, 0.5]
+    crossed = torch.linalg.cross(torch.tensor(gray), torch.tensor(tinged)).norm() ** 2
+    distance = float(crossed / (torch.tensor(gray).norm() * torch.tensor(tinged).norm()))
+    expected = (1 - float(p @ q)) * (1 - math.exp(-distance / (2 * 0.05**2)))
+    assert apart_of(unsure, [gray, tinged]) == pytest.approx(expected, rel=1e-4) and 0.1 < expected < 0.4
 
 
 def test_all_pairs_are_taken_when_they_fit_and_a_subset_when_not():

@@ -10,6 +10,7 @@ from conftest import CLIP
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.optimizers import Optimizers
 
+from ovs3d_nerfstudio.losses.apart import told_apart
 from ovs3d_nerfstudio.models.nerf import OVS3DModel, rays_that_fit
 from ovs3d_nerfstudio.pipeline import OVS3DPipeline
 
@@ -70,6 +71,23 @@ def test_the_papers_own_setting_trains(data, checkpoints):
     assert {"feature_loss", "rda_loss", "fda_positive_loss", "fda_negative_loss"} <= set(history[3])
     assert not {"patch_loss", "unmixing_loss", "color_loss"} & set(history[3])
     assert all(torch.isfinite(torch.tensor(value)) for step in history for value in step.values())
+
+
+def test_unlike_pairs_are_told_apart_from_their_step_on(data, checkpoints, monkeypatch):
+    """Colours are at hand then, though no colour loss asks for them."""
+    weights = []
+
+    def watched(*arguments):
+        weights.append(told_apart(*arguments))
+        return weights[-1]
+
+    monkeypatch.setattr("ovs3d_nerfstudio.models.semantics.told_apart", watched)
+    model = {"fda_apart_start": 3, "color_loss_mult": 0.0}
+    trained = pipeline(data, model=model, **checkpoints, prompts="a cat; a rocket")
+    train(trained, 0, 3)
+    assert not weights
+    train(trained, 3, 5)
+    assert len(weights) == 2 and all(0 <= float(each.amin()) <= float(each.amax()) <= 1 for each in weights)
 
 
 @pytest.mark.parametrize("kept", [-1, 2], ids=["all photos in memory", "two photos in memory"])

@@ -56,7 +56,7 @@ def fda_loss(
     divergence: Divergence = "js",
     rebalance: bool = True,
     seen: Bool[Tensor, "W T"] | None = None,
-    told_apart: bool = False,
+    apart: Float[Tensor, "W P"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Feature-distribution alignment (3D-OVS eq. 6–8) over token pairs of windows: its positive and negative part.
 
@@ -65,8 +65,7 @@ def fda_loss(
     by its own count is the re-balancing; without it both are divided by the number of pairs. Pairs with a token that is not
     `seen` count for nothing; by default all are.
 
-    With `told_apart` an unlike pair weighs by 1 − p_a·p_b besides, how probably its two are of different classes (ours, not the
-    paper's): a background of many looks is one class, and need not be torn for a small thing to be pushed off its surroundings.
+    `apart` says how much an unlike pair weighs besides (see `losses.apart`, which is ours, not the paper's).
     """
     a, b = pairs
     window = torch.arange(len(log_p), device=log_p.device)[:, None]
@@ -77,9 +76,8 @@ def fda_loss(
         g = g * (seen[window, a] & seen[window, b])
     j = {"js": js_divergence, "kl": kl_divergence}[divergence](log_p[window, a], log_p[window, b])
     positive, negative = g.clamp(min=0), g.clamp(max=0)
-    if told_apart:
-        p = log_p.detach().exp()
-        negative = negative * (1 - (p[window, a] * p[window, b]).sum(-1))
+    if apart is not None:
+        negative = negative * apart
     count_p = (positive > 0).sum().clamp(min=1) if rebalance else g.numel()
     count_n = (negative < 0).sum().clamp(min=1) if rebalance else g.numel()
     return (positive * j).sum() / count_p, (negative * j).sum() / count_n

@@ -27,6 +27,7 @@ from ovs3d_nerfstudio.features.teachers import Windows
 from ovs3d_nerfstudio.fields.compositing import SOMETHING, Semantics, composite
 from ovs3d_nerfstudio.fields.semantic_field import SemanticField
 from ovs3d_nerfstudio.losses import color, paper, patches
+from ovs3d_nerfstudio.losses.apart import told_apart
 from ovs3d_nerfstudio.losses.mixing import PatchMixture
 from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts.answers import Answering, Answers, Question
@@ -95,8 +96,11 @@ class SemanticModelConfig:
     """js as in the paper, or kl as in the authors' code."""
     fda_rebalance: bool = True
     """Divide each part of FDA by its own count of pairs (3D-OVS §3.3)."""
-    fda_told_apart: bool = False
-    """Weigh unlike pairs by how probably the two are of different classes already; not in the paper."""
+    fda_apart_start: int | None = None
+    """Step from which on unlike pairs weigh by how probably the two are of different classes already, and by how their colours differ,
+    brightness apart; None: never, as in the paper. Before classes have settled it would tear them."""
+    fda_apart_gain: float = 3.0
+    """How many times the weight of FDA's negative part is from `fda_apart_start` on."""
     fda_pairs: int = 16384
     """Pairs drawn in each window; memory of FDA is windows × pairs × classes."""
     class_scores: ClassScores = "cosine"
@@ -121,6 +125,8 @@ class SemanticModelConfig:
         "semantic_hidden_dim": COUNT,
         "semantics_start": COUNT,
         "fda_start": COUNT,
+        "fda_apart_start": COUNT,
+        "fda_apart_gain": COUNT,
         "feature_loss_mult": COUNT,
         "patch_loss_mult": COUNT,
         "unmixing_loss_mult": COUNT,
@@ -347,6 +353,10 @@ class SemanticModel(Model):
             result["color_loss"] = config.color_loss_mult * alike
         if config.fda_positive_mult or config.fda_negative_mult:
             pairs = paper.sample_pairs(len(tokens), tokens.shape[1], config.fda_pairs, tokens.device)
+            apart = None
+            if batch["told_apart"]:
+                assert windows.colors is not None, "the pipeline asks for them"
+                apart = told_apart(log_p, windows.colors, pairs, config.color_bandwidth)
             positive, negative = paper.fda_loss(
                 log_p,
                 tokens,
@@ -355,10 +365,11 @@ class SemanticModel(Model):
                 config.fda_divergence,
                 config.fda_rebalance,
                 windows.seen,
-                config.fda_told_apart,
+                apart,
             )
             result["fda_positive_loss"] = config.fda_positive_mult * positive
-            result["fda_negative_loss"] = config.fda_negative_mult * negative
+            gain = 1.0 if apart is None else config.fda_apart_gain
+            result["fda_negative_loss"] = gain * config.fda_negative_mult * negative
         return result
 
     def fda_temperature(self) -> Float[Tensor, ""] | float:

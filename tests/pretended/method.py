@@ -226,7 +226,7 @@ class Method:
         config.pipeline.model.init_from = self.config.parent
         config.pipeline.datamanager.scales = self.opened().datamanager.config.scales
         semantics_alone(config, STEPS)
-        config.pipeline.model.fda_start = 2
+        config.pipeline.model.fda_start, config.pipeline.model.fda_apart_start = 2, 3
         trainer = config.setup(local_rank=0, world_size=1)
         trainer.setup()
         self.watch.results_of(trainer.pipeline, "get_train_loss_dict", self.watch.learning)

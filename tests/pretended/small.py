@@ -21,6 +21,7 @@ MODEL = {
     "semantic_log2_hashmap_size": 12,
     "semantics_start": 2,
     "fda_start": 4,
+    "fda_apart_start": 5,
     "fda_pairs": 500,
 }
 PROPOSAL_TABLE = 10
@@ -54,8 +55,9 @@ def small(method: str, data: Path, out: Path, name: str, mixed: bool, load_dir: 
 def _at_most(part: Any, limits: dict[str, Any]) -> None:
     """Lowers the settings that this part of a config has and that are greater."""
     for name, limit in limits.items():
-        if hasattr(part, name):
-            setattr(part, name, min(getattr(part, name), limit))
+        value = getattr(part, name, None)
+        if value is not None:
+            setattr(part, name, min(value, limit))
 
 
 def run_folder(out: Path, name: str, method: str) -> Path:
