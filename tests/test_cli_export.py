@@ -291,6 +291,19 @@ def test_improbable_gaussians_are_none(trained, splat, tmp_path, ovs3d):
 
 
 @pytest.mark.slow
+def test_no_class_of_an_earlier_call_is_left_beside_those_of_now(trained, splat, tmp_path, ovs3d):
+    words = ["export", "splat", "--load-config", trained[0], "--output-dir", tmp_path, "--splat", splat[0]]
+    mine = tmp_path / "003-mine.ply"
+    mine.touch()
+    assert ovs3d(*words, "--prompts", "cat; books")[0] == 0
+    assert ovs3d(*words, "--prompts", "Cat")[0] == 0
+    left = {path.name for path in tmp_path.glob("*.ply")} - {"splat.ply", mine.name}
+    assert {name.casefold() for name in left} == {"001-cat.ply", "001-cat-removed.ply"} and mine.exists()
+    (tmp_path / "classes.json").write_text('{"1": ["books"]}')
+    assert ovs3d(*words, "--prompts", "cat")[0] == 0, "what is no list of classes names no file"
+
+
+@pytest.mark.slow
 def test_exports_leave_out_what_is_not_to_be_shown(trained, splat, tmp_path, ovs3d):
     mesh = trimesh.creation.icosphere(subdivisions=3, radius=0.7)
     mesh.export(tmp_path / "ball.ply")

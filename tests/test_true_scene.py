@@ -118,7 +118,13 @@ def test_a_point_cloud_has_the_scenes_labels_and_its_boxes(run, tmp_path):
 
 
 def test_a_mesh_has_the_scenes_labels_and_its_objects_are_bodies(run, tmp_path):
+    gone, mine = tmp_path / "007-lamp-mesh-1.ply", tmp_path / "lamp.ply"
+    for path in (gone, mine):
+        path.touch()
+    entries = [{"file": path.name} for path in (gone, mine)]
+    (tmp_path / "mesh_objects.json").write_text(json.dumps({"objects": entries}))
     run.export("mesh", tmp_path)
+    assert mine.exists() and not gone.exists(), "an object of an earlier call, and a file that no export made"
     points, named = read_labelled(tmp_path / "mesh.ply")
     truth = names_at(points)
     stands = truth != ""

@@ -3,7 +3,10 @@ is a prompt's place in the list, from 1; 0 is none, as in label images; classes.
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -63,6 +66,14 @@ class _Export(ShownOptions):
         """The file of one class: its number keeps names apart that a file system would not."""
         return self.output_dir / f"{class_id:03d}-{mask_stem(prompt)}{kind}.ply"
 
+    def files_of_classes(self, *kinds: str) -> set[Path]:
+        """The files of the classes that classes.json lists; none where there is no such list."""
+        try:
+            entries = json.loads((self.output_dir / "classes.json").read_text(encoding="utf-8"))
+            return {self.path_of(int(key), entry["prompt"], kind) for key, entry in entries.items() for kind in kinds}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return set()
+
     def said(self, path: Path, what: str) -> None:
         from nerfstudio.utils.rich_utils import CONSOLE
         from rich.markup import escape
@@ -102,6 +113,7 @@ class ExportPointCloud(BoxOptions, _Export):
         positive = {"num_points": SIZE, "num_rays_per_batch": SIZE, "object_gap": POSITIVE}
         check_fields("--", self, {**positive, "smallest_object": SHARE, "farthest": COUNT, "std_ratio": COUNT})
         box = self.box(self.output_dir)
+        earlier = self.files_of_classes("") if self.file_a_class else set()
         from nerfstudio.utils.rich_utils import CONSOLE
 
         from ovs3d_nerfstudio.catalogue import listed, write_objects
@@ -132,7 +144,10 @@ class ExportPointCloud(BoxOptions, _Export):
         write_ply(self.output_dir / "point_cloud.ply", table)
         if self.file_a_class:
             for class_id in np.unique(cloud.class_id).tolist():
-                write_ply(self.path_of(class_id, run.prompts[class_id - 1]), table[cloud.class_id == class_id])
+                path = self.path_of(class_id, run.prompts[class_id - 1])
+                write_ply(path, table[cloud.class_id == class_id])
+                _written(path, earlier)
+        _removed(earlier)
         self.said(self.output_dir / "point_cloud.ply", f"{len(table)} points")
         if self.object is None:  # else it may be the very list that the object is taken from
             path = write_objects(self.output_dir, found, listed(found), self.frame, "points")
@@ -178,6 +193,7 @@ class ExportMesh(BoxOptions, _Export):
 
         given = None if self.mesh is None else self._given(self.mesh)
         box = self.box(self.output_dir)
+        earlier = _meshes_listed(self.output_dir / "mesh_objects.json")
         run = self.opened()
         scale = abs(run.frame.scale) if self.frame == "data" else 1.0
         box = box and box.in_model(run.frame)
@@ -218,7 +234,9 @@ class ExportMesh(BoxOptions, _Export):
             shape = self._write(path, closed, labels[nearest], probability[nearest], run.frame)
             said = {"id": len(listed) + 1, "prompt": prompt, "class_id": class_id, "file": path.name}
             listed.append(said | _measured(shape) | {"probability": float(probability[chosen].mean())})
+            _written(path, earlier)
         write_json(self.output_dir / "mesh_objects.json", {"frame": self.frame, "objects": listed})
+        _removed(earlier)
         CONSOLE.print(_table(listed))
         self.said(self.output_dir / "mesh_objects.json", f"{len(listed)} objects")
 
@@ -250,6 +268,26 @@ class ExportMesh(BoxOptions, _Export):
         if not len(faces):
             raise CommandError(f"{path} cannot be read as a mesh with triangles; export it again.")
         return Mesh(positions, faces, np.zeros_like(positions))
+
+
+def _written(path: Path, earlier: set[Path]) -> None:
+    """Takes a file that was just written off those that an earlier call left, also where upper and lower case are one."""
+    earlier -= {file for file in earlier if file.name.casefold() == path.name.casefold()}
+
+
+def _removed(earlier: Iterable[Path]) -> None:
+    """Removes what an earlier call left of classes and objects that are not there any more."""
+    for file in earlier:
+        file.unlink(missing_ok=True)
+
+
+def _meshes_listed(path: Path) -> set[Path]:
+    """The meshes of objects that a mesh_objects.json lists; none where there is no such list."""
+    try:
+        names = {str(entry["file"]) for entry in json.loads(path.read_text(encoding="utf-8"))["objects"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+    return {path.parent / name for name in names if re.fullmatch(r"\d{3,}-[^/\\]+-mesh-\d+\.ply", name)}
 
 
 def _measured(shape: trimesh.Trimesh) -> dict[str, Any]:
@@ -314,6 +352,7 @@ class ExportSplat(_Export):
         if self.splat_config is not None:
             made_of = self.splat_config if self.splat_config.is_dir() else self.splat_config.parent
             theirs = Frame.of_run_outputs(made_of)
+        earlier = self.files_of_classes("", "-removed")
         run = self.opened()
         model = run.pipeline.model
         if given is not None:
@@ -338,9 +377,12 @@ class ExportSplat(_Export):
         self.said(self.output_dir / "splat.ply", f"{len(table)} Gaussians")
         for label, prompt in enumerate(run.prompts, start=1):
             chosen = class_id == label
-            write_ply(self.path_of(label, prompt), table[chosen])
-            write_ply(self.path_of(label, prompt, "-removed"), table[~chosen])
+            for kind, part in (("", chosen), ("-removed", ~chosen)):
+                path = self.path_of(label, prompt, kind)
+                write_ply(path, table[part])
+                _written(path, earlier)
             CONSOLE.print(escape(f"{prompt}: {chosen.sum()} Gaussians"))
+        _removed(earlier)
 
 
 Command = Union[  # noqa: UP007 (tyro wants names for the parts)
