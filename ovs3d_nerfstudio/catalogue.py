@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,22 +97,33 @@ def write_catalogue(
         entries.append(entry)
     kind = "Gaussians" if run.is_splat else "points"
     path = write_objects(folder, found, entries, frame, kind, {"file_frame": table_frame})
-    # By keys, which are one where a file system may take two names for one.
-    written = {prompt_key(name) for name in _files_listed(folder)}
-    for name in earlier:
-        if prompt_key(name) not in written:
-            (folder / name).unlink(missing_ok=True)
+    remove_left(folder, earlier, _files_listed(folder))
     return Catalogue(found, entries, path)
 
 
 def _files_listed(folder: Path) -> set[str]:
-    """The files of objects, relative to `folder`, that its objects.json lists; none where there is no such list."""
+    """The files of objects, relative to `folder`, that its objects.json lists."""
+    kinds = ("file", "without", "thumbnail")
+    return files_listed(folder / "objects.json", kinds, r"objects/\d{3,}-[^/\\]+\.(ply|png)")
+
+
+def files_listed(path: Path, kinds: Sequence[str], pattern: str) -> set[str]:
+    """What a list of objects names as their files of some kinds, as far as it is of `pattern`; nothing where there is no such list."""
     try:
-        entries = json.loads((folder / "objects.json").read_text(encoding="utf-8"))["objects"]
-        named = {str(entry.get(kind)) for entry in entries for kind in ("file", "without", "thumbnail")}
+        entries = json.loads(path.read_text(encoding="utf-8"))["objects"]
+        named = {str(entry.get(kind)) for entry in entries for kind in kinds}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return set()
-    return {name for name in named if re.fullmatch(r"objects/\d{3,}-[^/\\]+\.(ply|png)", name)}
+    return {name for name in named if re.fullmatch(pattern, name)}
+
+
+def remove_left(folder: Path, earlier: Iterable[str], written: Iterable[str]) -> None:
+    """Removes the files, relative to `folder`, that an earlier call left and that were not written again."""
+    # By keys, which are one where a file system may take two names for one.
+    keys = {prompt_key(name) for name in written}
+    for name in earlier:
+        if prompt_key(name) not in keys:
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_objects(

@@ -95,6 +95,13 @@ def _nerf(
     return trainer
 
 
+def _begin(model: OVS3DSplatModelConfig, geometry: int, semantics: int) -> None:
+    """When the losses begin in `semantics` steps behind those of `geometry`."""
+    model.semantics_start = geometry
+    model.fda_start = geometry + semantics // 12
+    model.fda_apart_start = geometry + 2 * semantics // 5
+
+
 def _splat(
     name: str,
     geometry: int,
@@ -110,8 +117,7 @@ def _splat(
         cache_images_type="uint8",
         **windows,  # type: ignore[arg-type]
     )
-    model.semantics_start, model.fda_start = geometry, geometry + semantics // 12
-    model.fda_apart_start = geometry + 2 * semantics // 5
+    _begin(model, geometry, semantics)
     optimizers = _splat_optimizers(geometry, rates)
     return _trainer(name, geometry + semantics, datamanager, model, optimizers, **pipeline)
 
@@ -251,7 +257,7 @@ _splat_lite = _splat(
 def semantics_alone(config: OVS3DTrainerConfig, steps: int) -> None:
     """Turns a method for Gaussians into `steps` steps of semantics on Gaussians that stand still from the first on."""
     model: Any = config.pipeline.model
-    model.semantics_start, model.fda_start, model.fda_apart_start = 0, steps // 12, 2 * steps // 5
+    _begin(model, 0, steps)
     config.max_num_iterations = steps
     config.optimizers |= {name: group for name, group in _optimizers().items() if name in config.optimizers}
 

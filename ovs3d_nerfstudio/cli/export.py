@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -66,11 +64,12 @@ class _Export(ShownOptions):
         """The file of one class: its number keeps names apart that a file system would not."""
         return self.output_dir / f"{class_id:03d}-{mask_stem(prompt)}{kind}.ply"
 
-    def files_of_classes(self, *kinds: str) -> set[Path]:
-        """The files of the classes that classes.json lists; none where there is no such list."""
+    def files_of_classes(self, *kinds: str) -> set[str]:
+        """The names of the files of the classes that classes.json lists; none where there is no such list."""
         try:
             entries = json.loads((self.output_dir / "classes.json").read_text(encoding="utf-8"))
-            return {self.path_of(int(key), entry["prompt"], kind) for key, entry in entries.items() for kind in kinds}
+            listed = [(int(key), entry["prompt"], kind) for key, entry in entries.items() for kind in kinds]
+            return {self.path_of(*each).name for each in listed}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return set()
 
@@ -113,10 +112,10 @@ class ExportPointCloud(BoxOptions, _Export):
         positive = {"num_points": SIZE, "num_rays_per_batch": SIZE, "object_gap": POSITIVE}
         check_fields("--", self, {**positive, "smallest_object": SHARE, "farthest": COUNT, "std_ratio": COUNT})
         box = self.box(self.output_dir)
-        earlier = self.files_of_classes("") if self.file_a_class else set()
+        earlier = self.files_of_classes("")
         from nerfstudio.utils.rich_utils import CONSOLE
 
-        from ovs3d_nerfstudio.catalogue import listed, write_objects
+        from ovs3d_nerfstudio.catalogue import listed, remove_left, write_objects
         from ovs3d_nerfstudio.objects.points import find_objects
         from ovs3d_nerfstudio.objects.samples import sample_cloud
         from ovs3d_nerfstudio.prompts.palette import colorize
@@ -143,11 +142,10 @@ class ExportPointCloud(BoxOptions, _Export):
         table = vertex_table(cloud.positions, colors, cloud.class_id, cloud.probability)
         write_ply(self.output_dir / "point_cloud.ply", table)
         if self.file_a_class:
-            for class_id in np.unique(cloud.class_id).tolist():
-                path = self.path_of(class_id, run.prompts[class_id - 1])
+            files = {i: self.path_of(i, run.prompts[i - 1]) for i in np.unique(cloud.class_id).tolist()}
+            for class_id, path in files.items():
                 write_ply(path, table[cloud.class_id == class_id])
-                _written(path, earlier)
-        _removed(earlier)
+            remove_left(self.output_dir, earlier, [path.name for path in files.values()])
         self.said(self.output_dir / "point_cloud.ply", f"{len(table)} points")
         if self.object is None:  # else it may be the very list that the object is taken from
             path = write_objects(self.output_dir, found, listed(found), self.frame, "points")
@@ -186,6 +184,7 @@ class ExportMesh(BoxOptions, _Export):
         from nerfstudio.utils.rich_utils import CONSOLE
         from rich.progress import track
 
+        from ovs3d_nerfstudio.catalogue import remove_left
         from ovs3d_nerfstudio.cli.depth import depth_views
         from ovs3d_nerfstudio.cli.meshing import fused, seen_box, typical_depth, usual_voxel
         from ovs3d_nerfstudio.cli.solids import body, surfaces
@@ -193,7 +192,7 @@ class ExportMesh(BoxOptions, _Export):
 
         given = None if self.mesh is None else self._given(self.mesh)
         box = self.box(self.output_dir)
-        earlier = _meshes_listed(self.output_dir / "mesh_objects.json")
+        earlier = self._files_listed()
         run = self.opened()
         scale = abs(run.frame.scale) if self.frame == "data" else 1.0
         box = box and box.in_model(run.frame)
@@ -234,9 +233,8 @@ class ExportMesh(BoxOptions, _Export):
             shape = self._write(path, closed, labels[nearest], probability[nearest], run.frame)
             said = {"id": len(listed) + 1, "prompt": prompt, "class_id": class_id, "file": path.name}
             listed.append(said | _measured(shape) | {"probability": float(probability[chosen].mean())})
-            _written(path, earlier)
         write_json(self.output_dir / "mesh_objects.json", {"frame": self.frame, "objects": listed})
-        _removed(earlier)
+        remove_left(self.output_dir, earlier, self._files_listed())
         CONSOLE.print(_table(listed))
         self.said(self.output_dir / "mesh_objects.json", f"{len(listed)} objects")
 
@@ -254,6 +252,12 @@ class ExportMesh(BoxOptions, _Export):
         write_ply(path, vertex_table(positions, mesh.colors, labels + 1, probability), faces)
         return trimesh.Trimesh(positions, faces, process=False)
 
+    def _files_listed(self) -> set[str]:
+        """The meshes of objects that mesh_objects.json lists."""
+        from ovs3d_nerfstudio.catalogue import files_listed
+
+        return files_listed(self.output_dir / "mesh_objects.json", ("file",), r"\d{3,}-[^/\\]+-mesh-\d+\.ply")
+
     @staticmethod
     def _given(path: Path) -> Mesh:
         """A mesh that there is. Raises CommandError."""
@@ -268,26 +272,6 @@ class ExportMesh(BoxOptions, _Export):
         if not len(faces):
             raise CommandError(f"{path} cannot be read as a mesh with triangles; export it again.")
         return Mesh(positions, faces, np.zeros_like(positions))
-
-
-def _written(path: Path, earlier: set[Path]) -> None:
-    """Takes a file that was just written off those that an earlier call left, also where upper and lower case are one."""
-    earlier -= {file for file in earlier if file.name.casefold() == path.name.casefold()}
-
-
-def _removed(earlier: Iterable[Path]) -> None:
-    """Removes what an earlier call left of classes and objects that are not there any more."""
-    for file in earlier:
-        file.unlink(missing_ok=True)
-
-
-def _meshes_listed(path: Path) -> set[Path]:
-    """The meshes of objects that a mesh_objects.json lists; none where there is no such list."""
-    try:
-        names = {str(entry["file"]) for entry in json.loads(path.read_text(encoding="utf-8"))["objects"]}
-    except (OSError, ValueError, LookupError, TypeError):
-        return set()
-    return {path.parent / name for name in names if re.fullmatch(r"\d{3,}-[^/\\]+-mesh-\d+\.ply", name)}
 
 
 def _measured(shape: trimesh.Trimesh) -> dict[str, Any]:
@@ -342,6 +326,7 @@ class ExportSplat(_Export):
         from nerfstudio.utils.rich_utils import CONSOLE
         from rich.markup import escape
 
+        from ovs3d_nerfstudio.catalogue import remove_left
         from ovs3d_nerfstudio.data.frames import Frame
         from ovs3d_nerfstudio.data.ways import back, way_of
         from ovs3d_nerfstudio.gaussians.splat_files import read_splat, splat_table
@@ -377,12 +362,10 @@ class ExportSplat(_Export):
         self.said(self.output_dir / "splat.ply", f"{len(table)} Gaussians")
         for label, prompt in enumerate(run.prompts, start=1):
             chosen = class_id == label
-            for kind, part in (("", chosen), ("-removed", ~chosen)):
-                path = self.path_of(label, prompt, kind)
-                write_ply(path, table[part])
-                _written(path, earlier)
+            write_ply(self.path_of(label, prompt), table[chosen])
+            write_ply(self.path_of(label, prompt, "-removed"), table[~chosen])
             CONSOLE.print(escape(f"{prompt}: {chosen.sum()} Gaussians"))
-        _removed(earlier)
+        remove_left(self.output_dir, earlier, self.files_of_classes("", "-removed"))
 
 
 Command = Union[  # noqa: UP007 (tyro wants names for the parts)

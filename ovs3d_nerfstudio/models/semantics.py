@@ -356,7 +356,7 @@ class SemanticModel(Model):
             apart = None
             if batch["told_apart"]:
                 assert windows.colors is not None, "the pipeline asks for them"
-                apart = told_apart(log_p, windows.colors, pairs, config.color_bandwidth)
+                apart = config.fda_apart_gain * told_apart(log_p, windows.colors, pairs, config.color_bandwidth)
             positive, negative = paper.fda_loss(
                 log_p,
                 tokens,
@@ -368,8 +368,7 @@ class SemanticModel(Model):
                 apart,
             )
             result["fda_positive_loss"] = config.fda_positive_mult * positive
-            gain = 1.0 if apart is None else config.fda_apart_gain
-            result["fda_negative_loss"] = gain * config.fda_negative_mult * negative
+            result["fda_negative_loss"] = config.fda_negative_mult * negative
         return result
 
     def fda_temperature(self) -> Float[Tensor, ""] | float:

@@ -127,7 +127,8 @@ class Segmenter(nn.Module):
         if self.prompts == self.trained_prompts and self.prompts:
             self._usual = self.range.diff(dim=0).quantile(0.5)
         self.prompts, self.text = list(prompts), text.to(self.basis)
-        low, high = self.similarity_range(self.text)
+        similarities = self.sample @ self.project(self.text)
+        low, high = percentiles(similarities)
         trained = {prompt_key(prompt) for prompt in self.trained_prompts}
         self.like = torch.tensor([isinstance(prompt, Like) for prompt in self.prompts], device=low.device)
         new = (
@@ -135,7 +136,7 @@ class Segmenter(nn.Module):
         )
         self.range = torch.stack([low, torch.where(new, torch.maximum(high, low + self._usual), high)])
         if self.wordless:
-            self.halfway = halfway(self.sample @ self.project(self.text))
+            self.halfway = halfway(similarities)
         self.colors = torch.from_numpy(colors_for(self.prompts, self.trained_prompts)).to(self.basis)
 
     def asking(self, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> Segmenter:
@@ -153,10 +154,6 @@ class Segmenter(nn.Module):
     def project(self, text: Float[Tensor, "C D"]) -> Float[Tensor, "K C"]:
         """Text embeddings in the basis, ready to be multiplied by normalised coefficients."""
         return self.basis.T @ text.to(self.basis).T
-
-    def similarity_range(self, text: Float[Tensor, "C D"]) -> Float[Tensor, "2 C"]:
-        """The 1st and 99th percentile over the scene of the similarity with each prompt."""
-        return percentiles(self.sample @ self.project(text))
 
     def similarities(self, coefficients: Float[Tensor, "*n K"]) -> Float[Tensor, "*n C"]:
         """z_c = cos(f, t_c) with every training prompt (3D-OVS §3.2)."""
