@@ -70,13 +70,23 @@ def _encoder(file: Path, classes: tuple[str, ...], things: tuple[bool, ...]):
 
 
 class Tabletop(ImageTextEncoder):
-    """EfficientNet-Lite0 with an adapter trained on other tabletop scenes. Option `crops` (default) or `pooled`."""
+    """EfficientNet-Lite0 with an adapter trained on other tabletop scenes. Option: the side in pixels of the crops it is shown, or
+    `pooled`."""
 
     dim = 384
     input_size = 128
-    """A third of the time of 224; of crops of 51 pixels, 83 % keep their best prompt (at 160: 96 %, half the time)."""
+    """A third of the time of 224, and what it costs is in docs/results.md, *At what size crops are shown*."""
     folder = FOLDER / "tabletop"
     box_pixels = 160
+
+    def __init__(self, option, device):
+        super().__init__(option, device)
+        if option.isdecimal() and int(option):
+            self.input_size = int(option)
+        elif option not in ("", "pooled"):
+            raise EncoderError(
+                f"tabletop has no option '{option}'; give a crop's side in pixels (tabletop:160), or tabletop:pooled."
+            )
 
     @property
     def fingerprint(self) -> str:
