@@ -90,7 +90,8 @@ class Tabletop(ImageTextEncoder):
 
     @property
     def fingerprint(self) -> str:
-        return f"tabletop {self.option} {self.input_size} {_digest(self.folder / 'encoder.py', self.folder / 'adapter.safetensors')}"
+        way = self.option if self.option == "pooled" else ""  # a size is told by the next word
+        return f"tabletop {way} {self.input_size} {_digest(self.folder / 'encoder.py', self.folder / 'adapter.safetensors')}"
 
     @property
     def _tower(self):
