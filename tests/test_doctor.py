@@ -80,11 +80,11 @@ def test_photos_that_cannot_be_read_hide_nothing_else(healthy):
     said = found(healthy)
     assert set(said) == {"photos", "points", "files"} and said["files"].level == "error"
     assert photos[2].name in said["files"].what and said["files"].remedy
-    for photo in photos[1:]:  # of the first, nerfstudio's parser asks the size
+    for photo in photos:  # of the first, nerfstudio's parser asks the size
         photo.write_bytes(b"x")
     said = found(healthy)
-    assert set(said) == {"photos", "points", "files"} and f"{photos[1].name} cannot" in said["files"].what
-    assert said["files"].what.endswith("Nor can 6 more be read.")
+    assert set(said) == {"photos", "points", "files"} and f"{photos[0].name} cannot" in said["files"].what
+    assert said["files"].what.endswith("Nor can 7 more be read.")
 
 
 def test_annotated_photos_in_folders_of_one_scene_are_counted(healthy):
@@ -191,3 +191,16 @@ def test_a_run_is_looked_at(trained, ovs3d):
     assert status == (0 if said["works"] else 1) and {"run", "geometry", "floaters"} <= {
         f["about"] for f in said["run"]
     }
+
+
+@pytest.mark.slow
+def test_photos_that_cannot_be_read_hide_nothing_of_a_run_and_are_not_compared_with(trained, healthy, ovs3d):
+    photo, other = (min((healthy / "images").glob(f"{split}*")) for split in ("test", "train"))
+    photo.write_bytes(photo.read_bytes()[:1500])
+    other.write_bytes(b"")
+    _, printed = ovs3d("doctor", "--load-config", trained[0], "--data", healthy, "--json")
+    said = {finding["about"]: finding for finding in json.loads(printed)["run"]}
+    assert {"run", "geometry", "floaters"} <= set(said) and said["photos"]["level"] == "warning"
+    assert other.name in said["photos"]["what"] and said["photos"]["remedy"]
+    status, printed = ovs3d("eval", "--load-config", trained[0], "--data", healthy, "--output-path", healthy / "a.json")
+    assert status and f"{photo.name} cannot be read" in " ".join(printed.split()) and not (healthy / "a.json").exists()

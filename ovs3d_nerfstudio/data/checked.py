@@ -12,6 +12,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.base_datamanager import DataManager
 from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import UnidentifiedImageError
 from rich.markup import escape
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from ovs3d_nerfstudio.data.scene_checks import (
 )
 from ovs3d_nerfstudio.errors import user_errors
 from ovs3d_nerfstudio.features.extraction import check_size
-from ovs3d_nerfstudio.pictures import PictureError, view_names
+from ovs3d_nerfstudio.pictures import PictureError, open_picture, view_names
 
 UNMOVED = 1e-5
 """A frame is the run's when no camera lies farther than this from where the run has it, as a share of the farthest coordinate."""
@@ -64,7 +65,7 @@ class CheckedData(DataManager, nn.Module):
         with user_errors(), readable_scene(parser, place):
             try:
                 super().__init__(config, *args, test_mode=test_mode, **kwargs)  # type: ignore[call-arg]
-            except FileNotFoundError:
+            except (FileNotFoundError, UnidentifiedImageError):
                 if test_mode == "val" or getattr(parser, "downscale_factor", 1) is not None:
                     raise
                 # nerfstudio's parser looks at the first photo to choose a size, which matters only to whoever reads photos.
@@ -93,10 +94,14 @@ class CheckedData(DataManager, nn.Module):
         return OVS3DDataset if self.test_mode == "val" else LenientDataset
 
     def require_eval_photos(self) -> None:
-        """Raises PictureError when a photo to compare with is not there."""
+        """Raises PictureError when a photo to compare with is not there or cannot be read."""
         dataset = self.eval_dataset
-        if isinstance(dataset, LenientDataset) and (missing := dataset.missing()):
+        if not isinstance(dataset, LenientDataset):
+            return
+        if missing := dataset.missing():
             raise PictureError(f"The photo {missing[0]} is not there to compare with; put it back, or name other data.")
+        for path in dataset.image_filenames:
+            open_picture(path)
 
     def create_train_dataset(self) -> OVS3DDataset:
         """The training photos, whose cameras and headers have been looked at."""

@@ -3,6 +3,7 @@ the lower half of 16 bits for the whole."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
+from rich.markup import escape
 
-from ovs3d_nerfstudio.pictures import Header, open_picture, picture_header, read_mask
+from ovs3d_nerfstudio.pictures import Header, PictureError, open_picture, picture_header, read_mask
 
 
 class OVS3DDataset(InputDataset):
@@ -47,20 +50,28 @@ class OVS3DDataset(InputDataset):
 
 
 class LenientDataset(OVS3DDataset):
-    """A dataset for looking at a run: a photo that is not there is grey."""
+    """A dataset for looking at a run: a photo that is not there, or cannot be read, is grey."""
 
     @cached_property
     def headers(self) -> dict[Path, Header]:
-        """As for any dataset, of the photos that are there."""
-        return {path: picture_header(path) for path in self.image_filenames if path.is_file()}
+        """As for any dataset, of the photos that have one."""
+        found = {}
+        for path in self.image_filenames:
+            with suppress(PictureError):
+                found[path] = picture_header(path)
+        return found
 
     def missing(self) -> list[Path]:
         """The photos that are not there."""
         return [path for path in self.image_filenames if not path.is_file()]
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict:
-        if self.image_filenames[image_idx].is_file():
-            return super().get_data(image_idx, image_type)
+        path = self.image_filenames[image_idx]
+        if path.is_file():
+            try:
+                return super().get_data(image_idx, image_type)
+            except PictureError as error:
+                CONSOLE.print(f"[bold yellow]Warning:[/bold yellow] {escape(str(error))} It is shown grey.")
         size = int(self.cameras.height[image_idx]), int(self.cameras.width[image_idx])
         grey = torch.full((*size, 3), 127, dtype=torch.uint8)
         data = {"image_idx": image_idx, "image": grey if image_type == "uint8" else grey / 255}

@@ -82,9 +82,16 @@ def scene_findings(parser: DataParserConfig, data: Path) -> list[Finding]:
 
 def read(parser: DataParserConfig, data: Path, *splits: str) -> list[DataparserOutputs]:
     """Splits of a scene. Raises UserError when it cannot be read."""
-    with errors_raised(), readable_scene(parser, data):
-        reader = parser.setup()
-        return [reader.get_dataparser_outputs(split) for split in splits]
+    try:
+        with errors_raised(), readable_scene(parser, data):
+            reader = parser.setup()
+            return [reader.get_dataparser_outputs(split) for split in splits]
+    except UserError:
+        # nerfstudio's parser looks at the first photo to choose a size: a broken one should not hide the rest.
+        if getattr(parser, "downscale_factor", 1) is not None:
+            raise
+        parser.downscale_factor = 1  # type: ignore[attr-defined]
+        return read(parser, data, *splits)
 
 
 def files(*parts: DataparserOutputs) -> tuple[dict[Path, Header], list[Finding]]:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 
 from ovs3d_nerfstudio.data.capture import capture_of
-from ovs3d_nerfstudio.doctor.findings import Finding, good_or
-from ovs3d_nerfstudio.pictures import evenly
+from ovs3d_nerfstudio.doctor.findings import Finding, good_or, refused
+from ovs3d_nerfstudio.pictures import PictureError, evenly
 from ovs3d_nerfstudio.prompts.segmentation import alike
 from ovs3d_nerfstudio.run import Run
 
@@ -43,6 +43,7 @@ def run_findings(run: Run) -> list[Finding]:
             looks[name] = [look(pipeline, dataset, i) for i in evenly(len(dataset), VIEWS)]
     found += pictures([a.psnr for a in looks["test"]], [a.psnr for a in looks["train"]])
     everything = looks["train"] + looks["test"]
+    found += [refused("photos", seen.broken, "warning") for seen in everything if seen.broken][:1]
     distance = capture_of(datamanager.train_dataset.cameras.camera_to_worlds).distance
     close = float(np.mean(np.concatenate([(seen.depth < CLOSE * distance).ravel() for seen in everything])))
     found.append(
@@ -68,25 +69,28 @@ def run_findings(run: Run) -> list[Finding]:
 
 
 class Look:
-    """A small picture of a run, and how it agrees with its photo."""
+    """A small picture of a run, and how it agrees with its photo, or why that cannot be read."""
 
-    def __init__(self, psnr: float, depth: Float[np.ndarray, "h w"], labels: np.ndarray):
-        self.psnr, self.depth, self.labels = psnr, depth, labels
+    def __init__(self, psnr: float, depth: Float[np.ndarray, "h w"], labels: np.ndarray, broken: PictureError | None):
+        self.psnr, self.depth, self.labels, self.broken = psnr, depth, labels, broken
 
 
 def look(pipeline: Any, dataset: Any, index: int) -> Look:
-    """View `index` of a dataset, rendered small; PSNR is NaN where the photo is gone."""
+    """View `index` of a dataset, rendered small; PSNR is NaN where the photo is gone or broken."""
     camera = dataset.cameras[index : index + 1].to(pipeline.device)
     camera.rescale_output_resolution(min(1.0, SIDE / max(int(camera.width), int(camera.height))))
     outputs = pipeline.model.get_outputs_for_camera(camera)
     rgb = outputs["rgb"].cpu().numpy()
-    psnr = float("nan")
-    if dataset.image_filenames[index].is_file():
-        photo = pipeline.model.photo_of(dataset.get_image_float32(index)).numpy()
-        small = cv2.resize(photo, rgb.shape[1::-1], interpolation=cv2.INTER_AREA)
-        psnr = -10 * float(np.log10(max(1e-10, np.square(rgb - small).mean())))
+    psnr, broken = float("nan"), None
+    try:
+        if dataset.image_filenames[index].is_file():
+            photo = pipeline.model.photo_of(dataset.get_image_float32(index)).numpy()
+            small = cv2.resize(photo, rgb.shape[1::-1], interpolation=cv2.INTER_AREA)
+            psnr = -10 * float(np.log10(max(1e-10, np.square(rgb - small).mean())))
+    except PictureError as error:
+        broken = error
     labels = pipeline.model.labels_in(outputs).cpu().numpy() if "segmentation" in outputs else np.zeros(0, int)
-    return Look(psnr, outputs["depth"][..., 0].cpu().numpy(), labels)
+    return Look(psnr, outputs["depth"][..., 0].cpu().numpy(), labels, broken)
 
 
 def pictures(test: Sequence[float], train: Sequence[float]) -> list[Finding]:
