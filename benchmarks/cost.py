@@ -46,7 +46,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "encoders"))  # its entry points ma
 
 from ovs3d_nerfstudio.configs import ovs3d_lite
 from ovs3d_nerfstudio.encoders.base import TokenEncoder, image_text_encoder
-from ovs3d_nerfstudio.encoders.open_clip import OpenClipEncoder
+from ovs3d_nerfstudio.encoders.open_clip import PRECISIONS, OpenClipEncoder
 from ovs3d_nerfstudio.features.extraction import extract
 from ovs3d_nerfstudio.features.pyramid import ScaleGrid
 from ovs3d_nerfstudio.fields.hash_grid import FastHashEncoding, use_fast_hash_grids
@@ -228,20 +228,31 @@ class Benchmark:
         return {"extraction": taken["bare"] / taken["ours"]}
 
     def dense(self, details: dict) -> dict[str, float]:
-        """One dense pass against every crop of the three scales, of which one batch is timed and multiplied."""
+        """One dense pass against every crop of the three scales, of which one batch is timed and multiplied; in single precision too."""
         picture = read_picture(list_pictures(self.scene / "images")[0])
-        encoder, height, width = _RandomClip("", self.options.device), *picture.shape[:2]
+        encoder, single = (_RandomClip("", self.options.device) for _ in range(2))
+        height, width = picture.shape[:2]
         boxes = [ScaleGrid.of(height, width, scale).boxes() for scale in ovs3d_lite.config.pipeline.datamanager.scales]
         some = boxes[0][: encoder.batch_size]
+
+        def in_single_precision() -> None:
+            with mock.patch(f"{OpenClipEncoder.__module__}.tower_precision", lambda device: torch.float32):
+                single.embed_boxes(picture, some, Path())
+
         taken = alternate(
             min(self.repeats, 3),
             dense=lambda: encoder.embed_dense(picture, Path()),
             batch=lambda: encoder.embed_boxes(picture, some, Path()),
+            single=in_single_precision,
         )
         crops = sum(map(len, boxes))
         patches = taken["batch"] / len(some) * crops
         details |= {"size": f"{width}×{height}", "crops": crops, "crops_timed": len(some), "n": min(self.repeats, 3)}
         details |= {"dense_s": taken["dense"], "patches_s": patches}
+        details |= {
+            "crops_per_s": len(some) / taken["batch"],
+            "single_precision_crops_per_s": len(some) / taken["single"],
+        }
         return {"dense": taken["dense"] / patches}
 
     def step(self, details: dict) -> dict[str, float]:
@@ -320,10 +331,11 @@ class Benchmark:
 class _RandomClip(OpenClipEncoder):
     """CLIP ViT-B/16 without its weights: what it costs does not depend on them."""
 
-    def _load(self):
+    def _load(self, dtype):
         import open_clip
 
-        return open_clip.create_model(self.model_name, device=self.device).eval().requires_grad_(False)
+        made = open_clip.create_model(self.model_name, precision=PRECISIONS[dtype], device=self.device)
+        return made.eval().requires_grad_(False)
 
 
 class _NoTokens(TokenEncoder):

@@ -112,6 +112,12 @@ def test_a_third_party_encoder_joins_through_its_entry_point(tmp_path, monkeypat
 # ---------------------------------------------------------------------------------------------------- open_clip
 
 
+@pytest.fixture(autouse=True)
+def single_precision_on_cpus(monkeypatch):
+    """Values are compared with those of the models themselves; what half precision changes is tested in test_precision."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+
+
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
     """A random model of open_clip's, its weights as .pt and .safetensors."""

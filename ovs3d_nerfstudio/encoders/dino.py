@@ -17,6 +17,7 @@ from ovs3d_nerfstudio.encoders import hub
 from ovs3d_nerfstudio.encoders.base import EncoderError, TokenEncoder, file_digest
 from ovs3d_nerfstudio.errors import reason
 from ovs3d_nerfstudio.memory import is_out_of_memory, told_what_to_lower
+from ovs3d_nerfstudio.precision import tower_precision
 
 DEFAULT = "facebook/dino-vitb8"
 """The paper's model: DINO (Caron et al., 2021), ViT-B, patches of 8 pixels."""
@@ -149,8 +150,7 @@ class DinoEncoder(TokenEncoder):
                 # The original reads DINO's last block before the final normalisation; FDA's 0.7 was chosen on that. The
                 # authors of DINOv2 and DINOv3 publish their tokens after it.
                 model.layernorm = nn.Identity()
-            dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-            return model.to(self.device, dtype).eval().requires_grad_(False)
+            return model.to(self.device, tower_precision(self.device)).eval().requires_grad_(False)
 
     def _unreachable(self, why: str) -> EncoderError:
         return EncoderError(

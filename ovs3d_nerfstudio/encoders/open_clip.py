@@ -18,6 +18,7 @@ from ovs3d_nerfstudio.encoders import hub
 from ovs3d_nerfstudio.encoders.base import EncoderError, ImageTextEncoder, check_lengths, file_digest
 from ovs3d_nerfstudio.errors import reason
 from ovs3d_nerfstudio.memory import in_batches, is_out_of_memory, told_what_to_lower
+from ovs3d_nerfstudio.precision import tower_precision
 
 DENSE_EDGE = 1.5
 """Shorter edge of a picture for dense features, as a multiple of the input size."""
@@ -30,6 +31,8 @@ DEFAULT_ON_HUB = "timm/vit_base_patch16_clip_224.openai"
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Files of a hub's model of which one holds its weights, where open_clip's list names none."""
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+"""open_clip's names of them; of the halves, normalisations keep single precision."""
 AMPLE_TOKENS = 2048
 """More than any prompt of 300 characters has."""
 
@@ -127,7 +130,8 @@ class OpenClipEncoder(ImageTextEncoder):
         import open_clip
 
         if self._text is None:
-            model = self._load()
+            # Prompts are few, and compared with all there is: a CPU embeds them in single precision.
+            model = self._load(torch.float32 if self.device.type == "cpu" else tower_precision(self.device))
             model.visual = None
             self._text = model
         try:
@@ -199,18 +203,14 @@ class OpenClipEncoder(ImageTextEncoder):
 
     def _image_tower(self) -> Any:
         if self._visual is None:
-            self._visual = self._load().visual.to(memory_format=torch.channels_last)
+            self._visual = self._load(tower_precision(self.device)).visual.to(memory_format=torch.channels_last)
         return self._visual
 
     def _prepare(self, crops: Float[Tensor, "B 3 S S"]) -> Tensor:
         mean, std = (torch.tensor(values, device=crops.device)[:, None, None] for values in (self.mean, self.std))
-        return ((crops - mean) / std).to(self._dtype, memory_format=torch.channels_last)
+        return ((crops - mean) / std).to(tower_precision(self.device), memory_format=torch.channels_last)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float16 if self.device.type == "cuda" else torch.float32
-
-    def _load(self) -> Any:
+    def _load(self, dtype: torch.dtype) -> Any:
         """The model with both towers; the caller keeps the one it wants and lets the other go."""
         import open_clip
 
@@ -223,7 +223,7 @@ class OpenClipEncoder(ImageTextEncoder):
                 model = open_clip.create_model(
                     self.model_name,
                     pretrained=str(file),
-                    precision="fp16" if self._dtype is torch.float16 else "fp32",
+                    precision=PRECISIONS[dtype],
                     device=self.device,
                     force_quick_gelu=self.quick_gelu,
                     **safely,
