@@ -45,7 +45,6 @@ from ovs3d_nerfstudio.models.splat import OVS3DSplatModel
 from ovs3d_nerfstudio.precision import single_precision
 from ovs3d_nerfstudio.prompts.palette import save_legend
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
-from ovs3d_nerfstudio.prompts.segmentation import told_scores
 from ovs3d_nerfstudio.viewer.panel import PromptPanel
 
 # nerfstudio 1.1.5 indexes its cameras in a way that torch ≥ 2.9 warns of, several lines at every step.
@@ -217,8 +216,6 @@ class OVS3DPipeline(VanillaPipeline):
             encoder.fingerprint,
             config.model.class_scores,
         )
-        if config.model.class_scores == "auto" and segmenter.scores == "relevancy":
-            CONSOLE.print(escape(told_scores(segmenter.prompts, segmenter.range)))
         prompts = segmenter.project(segmenter.text)
         teachers.measure_ranges(prompts)
         if not known:

@@ -140,19 +140,18 @@ def test_without_prompts_the_features_are_learned_alone_and_it_is_said(data, che
     assert "features_pca" in outputs and "segmentation" not in outputs
 
 
-def test_what_classes_are_compared_by_is_said_and_stays_with_the_run(data, checkpoints, capsys, monkeypatch):
-    monkeypatch.setattr("ovs3d_nerfstudio.prompts.segmentation.NARROW", 2.0)  # any prompts have one so narrow
+def test_what_classes_are_compared_by_is_chosen_and_stays_with_the_run(data, checkpoints, monkeypatch):
+    monkeypatch.setattr("ovs3d_nerfstudio.prompts.segmentation.AT_HOME", 2.0)  # no prompt is
     trained = pipeline(data, **checkpoints, prompts="a cat; a rocket")
     train(trained, 0, 3)
-    assert "so classes are compared by relevancies" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.undo()
     opened = pipeline(data, test_mode="inference", **checkpoints, prompts="a cat; a rocket")
     opened.load_pipeline(trained.state_dict(), 3)
-    assert trained.model.segmenter.scores == opened.model.segmenter.scores == "relevancy"
-    features = torch.randn(9, opened.model.segmenter.basis.shape[1])
-    assert torch.equal(
-        opened.model.class_scores(features),
-        opened.model.segmenter.relevancies(opened.model.segmenter.similarities(features)),
-    )
+    assert trained.model.segmenter.scores == opened.model.segmenter.scores == "centred"
+    segmenter = opened.model.segmenter
+    features = torch.randn(9, segmenter.basis.shape[1])
+    middles = segmenter.range.mean(0)
+    assert torch.equal(opened.model.class_scores(features), segmenter.similarities(features) - middles)
 
 
 def test_a_run_opens_and_renders_the_same_from_its_state_alone(data, checkpoints):

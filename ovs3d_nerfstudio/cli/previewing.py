@@ -23,7 +23,7 @@ from ovs3d_nerfstudio.pictures import evenly, read_picture, view_names, write_pi
 from ovs3d_nerfstudio.prompts.hints import VOCABULARY, hints, standing
 from ovs3d_nerfstudio.prompts.palette import palette
 from ovs3d_nerfstudio.prompts.prompts import choose_prompts
-from ovs3d_nerfstudio.prompts.segmentation import chosen_scores, compared, percentiles, told_scores
+from ovs3d_nerfstudio.prompts.segmentation import chosen_scores, compared, percentiles
 
 
 def preview(
@@ -62,14 +62,12 @@ def preview(
     known = standing(text, words, flat, of_words)
     some = flat[:: 1 + len(flat) // 20000]
     ranges = percentiles(some)
-    scores = chosen_scores(config.model.class_scores, some, ranges)
+    scores = chosen_scores(config.model.class_scores, some)
     # The thresholds of the hints are of cosines, or relevancies.
     judged = flat if scores == "centred" else compared(flat, ranges, scores)
     shares = win_shares(compared(flat, ranges, scores))
     similarities = [[compared(scale, ranges, scores) for scale in view] for view in similarities]
     advice = hints(asked, judged, win_shares(judged), known)
-    if config.model.class_scores == "auto" and scores == "relevancy":
-        advice.append(told_scores(asked, ranges))
     for hint in advice:
         CONSOLE.print(f"[yellow]Hint:[/yellow] {escape(hint)}")
     shown = [

@@ -105,8 +105,8 @@ class SemanticModelConfig:
     """Pairs drawn in each window; memory of FDA is windows × pairs × classes."""
     class_scores: ClassScores = "cosine"
     """What classes are compared by: cosines (3D-OVS); centred cosines, less the middle of each prompt's range over the scene;
-    relevancies, which are cosines stretched by that range; or auto: relevancies where the encoder hardly answers to a prompt,
-    centred cosines where a prompt would lose its own place to others, else cosines."""
+    relevancies, which are cosines stretched by that range; or auto: centred cosines where a prompt would lose its own place to others,
+    else cosines."""
     overlay_opacity: float = 0.6
     """Opacity of the segmentation over the photo in `segmentation_overlay`."""
     learned_scales: bool = True

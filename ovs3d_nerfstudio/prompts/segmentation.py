@@ -32,15 +32,11 @@ bottle" and "yellow bottle of mustard" have 0.97, "blue pitcher" and "jug" 0.81,
 
 ClassScores = Literal["auto", "cosine", "centred", "relevancy"]
 """What classes are compared by: cosines, cosines less the middle of each prompt's range over the scene, relevancies over the scene,
-or whichever of them the prompts call for."""
+or whichever of the first two the prompts call for."""
 AT_HOME, HOME = 0.75, 0.01
 """Share of its home, the hundredth of a scene that is most like it, that each prompt must win for cosines to be fair to all. Of nine
 pairs of scene and encoder three are above (0.93 and more), and one of them loses 0.012 mIoU where its cosines are centred; the others
 have a prompt with 0.70 or less, and gain by it, or lose nothing."""
-NARROW = 1 / 3
-"""A prompt whose similarities vary by less than this share of what the widest prompt's do is one that the encoder hardly
-answers to: by cosines it would lose its own place to others. Of six pairs of scene and encoder, one has such a prompt
-(0.25) and gains 0.58 mIoU by relevancies; those from 0.42 on lose up to 0.014."""
 LIKE, GATHERINGS = 0.5, 3
 """How far from what is common in the scene to the middle of what is like a click a point must be to belong to it, and how many
 times that middle is sought. Clicks anywhere into the demo's things find them so with a mean IoU of 0.70 (its words: 0.86); with
@@ -114,7 +110,7 @@ class Segmenter(nn.Module):
         similarities = self.sample @ self.project(self.text)
         self.range = percentiles(similarities)
         self.colors = torch.from_numpy(colors_for(self.prompts, self.prompts)).to(device)
-        self.scores = chosen_scores(scores, similarities, self.range)
+        self.scores = chosen_scores(scores, similarities)
         self.spread = spread_of(self.class_scores(similarities))
 
     def ask(self, prompts: Sequence[str], text: Float[Tensor, "C D"]) -> None:
@@ -243,14 +239,11 @@ class Segmenter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def chosen_scores(asked: ClassScores, similarities: Float[Tensor, "n C"], ranges: Float[Tensor, "2 C"]) -> ClassScores:
-    """What classes are compared by, given similarities all over the scene and each prompt's range of them: `auto` takes
-    relevancies where a prompt is `NARROW`, centred cosines where one is not `AT_HOME` by cosines, and else cosines."""
+def chosen_scores(asked: ClassScores, similarities: Float[Tensor, "n C"]) -> ClassScores:
+    """What classes are compared by, given similarities all over the scene: `auto` takes centred cosines where a prompt is not
+    `AT_HOME` by cosines, else cosines."""
     if asked != "auto":
         return asked
-    widths = ranges.diff(dim=0)[0]
-    if len(widths) and widths.min() < NARROW * widths.max():
-        return "relevancy"
     return "cosine" if (at_home(similarities) >= AT_HOME).all() else "centred"
 
 
@@ -273,17 +266,6 @@ def compared(similarities: Float[Tensor, "*n C"], ranges: Float[Tensor, "2 C"], 
     if by == "relevancy":
         return stretched(similarities, *ranges)
     return similarities - ranges.mean(0) if by == "centred" else similarities
-
-
-def told_scores(prompts: Sequence[str], ranges: Float[Tensor, "2 C"]) -> str:
-    """Why `auto` chose relevancies, for people."""
-    widths = ranges.diff(dim=0)[0]
-    weak, strong = int(widths.argmin()), int(widths.argmax())
-    return (
-        f"The encoder hardly answers to '{prompts[weak]}' (similarities vary by {widths[weak]:.2f} over the scene, those with "
-        f"'{prompts[strong]}' by {widths[strong]:.2f}), so classes are compared by relevancies, each prompt with itself "
-        "elsewhere. To compare them as they are: --pipeline.model.class-scores cosine."
-    )
 
 
 def alike(similarities: Float[Tensor, "n C"]) -> list[tuple[int, int, float]]:
