@@ -86,12 +86,15 @@ def read(parser: DataParserConfig, data: Path, *splits: str) -> list[DataparserO
         with errors_raised(), readable_scene(parser, data):
             reader = parser.setup()
             return [reader.get_dataparser_outputs(split) for split in splits]
-    except UserError:
-        # nerfstudio's parser looks at the first photo to choose a size: a broken one should not hide the rest.
+    except UserError as error:
         if getattr(parser, "downscale_factor", 1) is not None:
             raise
+        # nerfstudio's parser looks at the first photo to choose a size: a broken one should not hide the rest.
         parser.downscale_factor = 1  # type: ignore[attr-defined]
-        return read(parser, data, *splits)
+        try:
+            return read(parser, data, *splits)
+        except UserError:
+            raise error from None  # that was not it
 
 
 def files(*parts: DataparserOutputs) -> tuple[dict[Path, Header], list[Finding]]:
